@@ -1,0 +1,143 @@
+"""Capture: a model becomes a torch.fx graph of ATen operators and standard modules (one path, torch.export).
+
+The batch is dynamic: the example is repeated to a prime batch so that it never looks like a channel count.
+Integer inputs (token ids, masks) also get dynamic trailing dims where the model allows it.
+"""
+
+import linecache
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..errors import RequestError
+from .lift import lift
+from .recurrent import opaque_recurrent_layers
+
+CAPTURE_BATCH = 53
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
+
+
+def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of one call: a tensor, a tuple of arguments, or a dict of keywords."""
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def capture(model: nn.Module, example_inputs: Inputs) -> fx.GraphModule:
+    """Captures `model` as a `torch.fx.GraphModule` that prints, trains, saves and computes like the model itself.
+
+    Standard layers come back as modules under their own dotted names. The result owns copies of the parameters; the
+    model is not touched. Stochastic depth and attention-internal dropout, which evaluation mode leaves out, are not
+    captured.
+
+    Args:
+        model: any module torch.export can trace; on any device, the meta device too.
+        example_inputs: one call's inputs, batch first: a tensor, a tuple of positional inputs or a dict of keywords.
+
+    Raises:
+        RequestError: torch.export refuses the model; the message names the line of the model's own source.
+    """
+    if isinstance(model, fx.GraphModule) and "inputs" in model.meta:
+        return model
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"expected a torch.nn.Module to capture, got {type(model).__name__}")
+    args, kwargs = _rebatch(split_inputs(example_inputs))
+    with _capture_mode(model):
+        program = _export(model, args, kwargs)
+    return lift(program.module(check_guards=False), model, pytree.tree_leaves((args, kwargs)))
+
+
+def _rebatch(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with the first sample repeated to the capture batch."""
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim() > 0]
+    if not tensors:
+        raise RequestError("example_inputs holds no tensor with a batch dimension; give one call's inputs")
+    batch = tensors[0].shape[0]
+    if batch == 0:
+        raise RequestError("example_inputs has 0 samples; give at least one")
+
+    def repeat(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != batch:
+            return leaf
+        return leaf.detach()[:1].repeat(CAPTURE_BATCH, *[1] * (leaf.dim() - 1))
+
+    return pytree.tree_map(repeat, inputs)
+
+
+def _dynamic_dims(leaf: Any, free_lengths: bool) -> dict[int, Any] | None:
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != CAPTURE_BATCH:
+        return None
+    tokens = free_lengths and not leaf.is_floating_point()
+    return {0: Dim.DYNAMIC} | ({d: Dim.AUTO for d in range(1, leaf.dim())} if tokens else {})
+
+
+@contextmanager
+def _capture_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, gradients on (so that no fused inference kernel is taken), everything restored afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model.eval()
+        with torch.enable_grad(), opaque_recurrent_layers():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, training in modes:
+            module.training = training
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    def attempt(free_lengths: bool) -> ExportedProgram:
+        shapes = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, free_lengths), (args, kwargs))
+        dynamic = _as_export_shapes(model.forward, args, kwargs, shapes)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+
+    try:
+        return attempt(free_lengths=True)
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(_explain(model, error)) from error
+
+
+def _as_export_shapes(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], shapes: tuple[Any, Any]
+) -> Any:
+    """torch.export wants positional shapes as a tuple and keyword shapes by name."""
+    if not kwargs:
+        return shapes[0]
+    if not args:
+        return shapes[1]
+    raise RequestError("give example_inputs either as a tuple of positional inputs or as a dict, not both")
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    """One line: the model's source line that torch.export refused, the reason, what to change."""
+    torch_root, own_root = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith((torch_root, own_root, "<")) and "contextlib" not in f.filename
+    ]
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    name = type(model).__name__
+    if not frames:
+        return f"torch.export cannot capture {name}: {reason}"
+    where = frames[-1]
+    source = (where.line or linecache.getline(where.filename, where.lineno or 0)).strip()
+    return (
+        f"torch.export cannot capture {name} at {where.filename}:{where.lineno} `{source}`: {reason} "
+        "- rewrite that line without data-dependent Python control flow, sizes or side effects"
+    )
