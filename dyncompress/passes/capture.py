@@ -79,7 +79,7 @@ def _dynamic_dims(leaf: Any, free_lengths: bool) -> dict[int, Any] | None:
     if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != CAPTURE_BATCH:
         return None
     tokens = free_lengths and not leaf.is_floating_point()
-    return {0: Dim.DYNAMIC} | ({d: Dim.AUTO for d in range(1, leaf.dim())} if tokens else {})
+    return {0: Dim.DYNAMIC} | (dict.fromkeys(range(1, leaf.dim()), Dim.AUTO) if tokens else {})
 
 
 @contextmanager

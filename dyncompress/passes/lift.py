@@ -9,8 +9,6 @@
 What does not match stays an operator.
 """
 
-import copy
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -62,9 +60,7 @@ def _inline_subgraphs(gm: fx.GraphModule) -> None:
             continue
         body = getattr(gm, node.args[body_at].target)
         _inline_subgraphs(body)
-        env = dict(
-            zip(body.graph.find_nodes(op="placeholder"), node.args[body_at + 1 :], strict=True)
-        )
+        env = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[body_at + 1 :], strict=True))
         with gm.graph.inserting_before(node):
             result = gm.graph.graph_copy(body.graph, env)
         for inner, outer in env.items():
@@ -277,8 +273,12 @@ def _lift_dropout(graph: fx.Graph, model: nn.Module, root: nn.Module) -> None:
 
 def _free_devices(graph: fx.Graph) -> None:
     """Factory calls and casts name the capture device; let them follow the first tensor input instead."""
-    anchor = next((p for p in graph.find_nodes(op="placeholder") if isinstance(p.meta.get("val"), Tensor)), None)
-    users = [n for n in graph.nodes if n.op == "call_function" and isinstance(n.kwargs.get("device"), torch.device)]
+    anchor = next(
+        (p for p in graph.find_nodes(op="placeholder") if isinstance(p.meta.get("val"), Tensor)), None
+    )
+    users = [
+        n for n in graph.nodes if n.op == "call_function" and isinstance(n.kwargs.get("device"), torch.device)
+    ]
     positional = [n for n in graph.nodes if n.target is aten.to.device]
     if anchor is None or not (users or positional):
         return

@@ -125,9 +125,7 @@ def _layer_norm(node: fx.Node, _: nn.Module, own: dict[str, int]) -> Built | Non
     if not _named(own, weight=a["weight"], bias=a["bias"]):
         return None
     shape, affine = tuple(a["normalized_shape"]), a["weight"] is not None
-    module = _meta(
-        nn.LayerNorm, shape, a["eps"], elementwise_affine=affine, bias=a["bias"] is not None
-    )
+    module = _meta(nn.LayerNorm, shape, a["eps"], elementwise_affine=affine, bias=a["bias"] is not None)
     return Built(module, (a["input"],))
 
 

@@ -1,0 +1,57 @@
+"""Indexing by data: the indexed dim keeps its indices; the others pass through."""
+
+from typing import Any
+
+from torch import fx
+
+from ..dims import freeze, fresh
+from ..typing import Dims, Typing, rule
+from .elementwise import broadcast
+
+REASON = "indexed by data"
+
+
+@rule("index")
+def index(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
+    x, indices = t.of(a["self"]), a["indices"]
+    used = [d for d, i in enumerate(indices) if i is not None]
+    for d in used:
+        freeze(x[d], REASON)
+    picked = broadcast([t.of(indices[d]) for d in used])
+    rest = [x[d] for d in range(len(x)) if d not in used]
+    at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    out = (*rest[:at], *picked, *rest[at:])
+    shape = node.meta["val"].shape
+    return tuple(d if d.size == s else fresh(s, REASON) for d, s in zip(out, shape, strict=True))
+
+
+@rule("index_select")
+def index_select(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
+    x = list(t.of(a["self"]))
+    at = a["dim"]
+    freeze(x[at], REASON)
+    x[at] = fresh(node.meta["val"].shape[at], REASON)
+    return tuple(x)
+
+
+@rule("gather", "take_along_dim")
+def gather(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
+    t.freeze_all(t.of(a["self"]), REASON)
+    return t.of(a.get("index", a.get("indices")))
+
+
+@rule("roll", "flip", "cumsum", "cumprod")
+def reorder(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
+    """Operators in which the place of an index matters."""
+    x = t.of(a["self"])
+    dims = a.get("dims", a.get("dim"))
+    for d in [dims] if isinstance(dims, int) else dims or range(len(x)):
+        freeze(x[d], "the order of its indices matters")
+    return x
+
+
+@rule("tril", "triu")
+def triangle(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
+    x = t.of(a["self"])
+    t.freeze_all(x[-2:], "the order of its indices matters")
+    return x
