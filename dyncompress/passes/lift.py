@@ -53,9 +53,7 @@ def _is_impure(node: fx.Node) -> bool:
 def _inline_subgraphs(gm: fx.GraphModule) -> None:
     """Replaces wrap_with_set_grad_enabled / wrap_with_autocast calls by the body they wrap."""
     for node in list(gm.graph.nodes):
-        body_at = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(
-            getattr(node.target, "__name__", "")
-        )
+        body_at = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(getattr(node.target, "__name__", ""))
         if node.op != "call_function" or body_at is None:
             continue
         body = getattr(gm, node.args[body_at].target)
@@ -273,12 +271,8 @@ def _lift_dropout(graph: fx.Graph, model: nn.Module, root: nn.Module) -> None:
 
 def _free_devices(graph: fx.Graph) -> None:
     """Factory calls and casts name the capture device; let them follow the first tensor input instead."""
-    anchor = next(
-        (p for p in graph.find_nodes(op="placeholder") if isinstance(p.meta.get("val"), Tensor)), None
-    )
-    users = [
-        n for n in graph.nodes if n.op == "call_function" and isinstance(n.kwargs.get("device"), torch.device)
-    ]
+    anchor = next((p for p in graph.find_nodes(op="placeholder") if isinstance(p.meta.get("val"), Tensor)), None)
+    users = [n for n in graph.nodes if n.op == "call_function" and isinstance(n.kwargs.get("device"), torch.device)]
     positional = [n for n in graph.nodes if n.target is aten.to.device]
     if anchor is None or not (users or positional):
         return

@@ -94,9 +94,7 @@ class RaggedRecurrent(nn.Module):
     def _run(self, x: Tensor, layer: int, direction: int, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         suffix = self._suffix(layer, direction)
         kinds = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
-        weights = [
-            getattr(self, kind + suffix) for kind in (*kinds, *(["weight_hr"] if self.proj_size else []))
-        ]
+        weights = [getattr(self, kind + suffix) for kind in (*kinds, *(["weight_hr"] if self.proj_size else []))]
         state = self._initial(x, layer * self.directions + direction, hx)
         x = x.flip(1) if direction else x
         given = state if self.mode == "LSTM" else state[0]

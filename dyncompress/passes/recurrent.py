@@ -49,9 +49,7 @@ def _opaque_forward(self: nn.RNNBase, input: Tensor, hx: Any = None) -> Any:
     weights = [getattr(self, name) for name in self._flat_weights_names]
     out = self.proj_size or self.hidden_size
     dirs = 2 if self.bidirectional else 1
-    y, *state = recurrent(
-        input, states, weights, self.hidden_size, out, self.num_layers, dirs, self.batch_first, cell
-    )
+    y, *state = recurrent(input, states, weights, self.hidden_size, out, self.num_layers, dirs, self.batch_first, cell)
     return y, (tuple(state) if cell else state[0])
 
 
@@ -62,8 +60,8 @@ def opaque_recurrent_layers() -> Iterator[None]:
     saved = [kind.forward for kind in kinds]
     try:
         for kind in kinds:
-            kind.forward = _opaque_forward  # type: ignore[method-assign]
+            kind.forward = _opaque_forward  # type: ignore
         yield
     finally:
         for kind, forward in zip(kinds, saved, strict=True):
-            kind.forward = forward  # type: ignore[method-assign]
+            kind.forward = forward  # type: ignore

@@ -67,7 +67,11 @@ class Statistic:
 
 @dataclass
 class Typing:
-    """Dim types of a graph: of every node, and of every parameter and buffer by name."""
+    """Dim types of a graph: of every node, and of every parameter and buffer by name.
+
+    `groups` is the dim that a node counts its groups by, `pieces` what a node cuts a dim into: sizes that calls spell
+    out and shrinking must read again. `features` are the dims that layers compute.
+    """
 
     gm: fx.GraphModule
     dims: dict[fx.Node, Typed] = field(default_factory=dict)
@@ -76,6 +80,8 @@ class Typing:
     untyped: dict[str, str] = field(default_factory=dict)
     batch: Dim = ONE
     features: list[Dim] = field(default_factory=list)
+    groups: dict[fx.Node, Dim] = field(default_factory=dict)
+    pieces: dict[fx.Node, list[Dim]] = field(default_factory=dict)
     _by_tensor: dict[int, Dims] = field(default_factory=dict)
 
     # --- what rules use ------------------------------------------------------------------------------------------

@@ -10,12 +10,10 @@ from ..typing import Dims, Typing, module_rule, rule
 SPATIAL = "a spatial size"
 
 
-def _convolve(
-    t: Typing, node: fx.Node, x: Dims, weight: Dims, bias: Dims, groups: int, transposed: bool
-) -> Dims:
+def _convolve(t: Typing, node: fx.Node, x: Dims, weight: Dims, bias: Dims, groups: int, transposed: bool) -> Dims:
     for kernel in weight[2:]:
         freeze(kernel, "a kernel size")
-    group = fresh(groups)
+    group = t.groups[node] = fresh(groups)
     if transposed:
         unify(weight[0], Product((group, fresh(weight[0].size // groups))))
         unify(x[1], weight[0])

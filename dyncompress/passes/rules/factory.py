@@ -14,9 +14,7 @@ def constant(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     return tuple(t.size(arg, size) for arg, size in zip(a["size"], shape, strict=True))
 
 
-@rule(
-    "arange", "linspace", "eye", "scalar_tensor", "full_like_scalar", "_tensor_constant", "logspace", "tensor"
-)
+@rule("arange", "linspace", "eye", "scalar_tensor", "full_like_scalar", "_tensor_constant", "logspace", "tensor")
 def counter(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     return tuple(fresh(s, "counted") for s in node.meta["val"].shape)
 

@@ -36,7 +36,7 @@ def stack(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
 def split_rule(t: Typing, node: fx.Node, a: dict[str, Any]) -> tuple[Dims, ...]:
     x = list(t.of(a["self"]))
     at = a.get("dim", 0)
-    pieces = split(x[at], [part.shape[at] for part in node.meta["val"]])
+    pieces = t.pieces[node] = split(x[at], [part.shape[at] for part in node.meta["val"]])
     return tuple(tuple(piece if d == at % len(x) else x[d] for d in range(len(x))) for piece in pieces)
 
 
@@ -71,5 +71,6 @@ def slice_rule(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
         x[at] = fresh(want, "sliced by a run-time size or a step")
         return tuple(x)
     start = start + have if start < 0 else start
-    x[at] = split(x[at], [start, want, have - start - want])[1]
+    t.pieces[node] = split(x[at], [start, want, have - start - want])
+    x[at] = t.pieces[node][1]
     return tuple(x)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..counted import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
 from ..dims import Dim, Product, fresh, unify
 from ..typing import Dims, Typing, module_rule, rule
 
@@ -46,15 +47,15 @@ def layer_norm(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     return _over_last(t, node, t.of(a["input"]), a["normalized_shape"], tensors)
 
 
-@module_rule(nn.LayerNorm, nn.RMSNorm)
+@module_rule(nn.LayerNorm, nn.RMSNorm, CountedLayerNorm, CountedRMSNorm)
 def layer_norm_module(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     return _over_last(t, node, t.of(a["input"]), a["module"].normalized_shape, _own(t, a, "weight", "bias"))
 
 
 def _in_groups(t: Typing, node: fx.Node, x: Dims, groups: int, tensors: list[Dims]) -> Dims:
     """x[1] = groups * c: a whole group may go; within one, the mean runs over c and the other dims."""
-    inner = fresh(x[1].size // groups)
-    unify(x[1], Product((fresh(groups), inner)))
+    t.groups[node], inner = fresh(groups), fresh(x[1].size // groups)
+    unify(x[1], Product((t.groups[node], inner)))
     t.statistic(node, (inner, *x[2:]))
     return _per_channel(x, tensors)
 
@@ -65,6 +66,6 @@ def group_norm(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     return _in_groups(t, node, t.of(a["input"]), a["num_groups"], tensors)
 
 
-@module_rule(nn.GroupNorm)
+@module_rule(nn.GroupNorm, CountedGroupNorm)
 def group_norm_module(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     return _in_groups(t, node, t.of(a["input"]), a["module"].num_groups, _own(t, a, "weight", "bias"))

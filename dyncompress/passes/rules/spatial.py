@@ -50,7 +50,7 @@ def pool3d(t: Typing, node: fx.Node, a: dict[str, Any]) -> Any:
 def pad(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     """A padded dim is before + x + after, where the padding keeps its size."""
     x = list(t.of(a["self"]))
-    amounts = list(a.get("pad", a.get("padding")))
+    amounts = list(a["pad"] if "pad" in a else a["padding"])
     constant = a.get("mode", "constant") == "constant" and "tion" not in str(node.target)
     for at, size in enumerate(node.meta["val"].shape):
         which = 2 * (len(x) - 1 - at)

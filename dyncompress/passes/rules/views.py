@@ -40,11 +40,11 @@ def _sizes(t: Typing, node: fx.Node, asked: Sequence[Any]) -> list[Dim]:
 
 @rule("view", "reshape", "_unsafe_view", "_reshape_alias")
 def view(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
-    asked = a.get("size", a.get("shape"))
+    asked = a["size"] if "size" in a else a.get("shape")
     if asked is None:
-        raise_dtype = "a view that changes the dtype"
-        t.freeze_all(t.of(a["self"]), raise_dtype)
-        return tuple(fresh(s, raise_dtype) for s in node.meta["val"].shape)
+        reason = "a view that changes the dtype"
+        t.freeze_all(t.of(a["self"]), reason)
+        return tuple(fresh(s, reason) for s in node.meta["val"].shape)
     return regroup(t.of(a["self"]), _sizes(t, node, asked))
 
 
@@ -111,7 +111,7 @@ def expand(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
 
 @rule("repeat", "tile")
 def repeat(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
-    x, counts = t.of(a["self"]), a.get("repeats", a.get("dims"))
+    x, counts = t.of(a["self"]), a["repeats"] if "repeats" in a else a["dims"]
     shape = node.meta["val"].shape
     x = (ONE,) * (len(shape) - len(x)) + x
     counts = [1] * (len(shape) - len(counts)) + list(counts)

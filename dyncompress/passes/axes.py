@@ -1,0 +1,139 @@
+"""The axes of a captured model: which parameter slices must shrink together, and what cannot shrink and why."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import RequestError
+from .dims import Atom, Dim, coordinates, leaves
+from .typing import Typing, attribute, type_graph
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where one axis sits in one parameter or buffer: `positions[i]` (int64, shape (m,)) along `dim` are index i's."""
+
+    tensor: str
+    dim: int
+    dim_type: Dim = field(repr=False)
+    occurrence: int = field(default=0, repr=False)
+
+    @property
+    def positions(self) -> Tensor:
+        """(axis size, m) int64."""
+        return list(coordinates(self.dim_type))[self.occurrence][1]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An atomic axis: `size` indices that shrink together in every slice of `slices`.
+
+    `prunable` is False when the axis cannot shrink, and `reason` says why. `statistics` names the nodes (norms, means)
+    that average over it: there, shrinking changes the count, which `shrink(exact=True)` keeps.
+    """
+
+    name: str
+    size: int
+    prunable: bool
+    reason: str | None
+    slices: tuple[Slice, ...]
+    statistics: tuple[str, ...] = ()
+    atom: Atom = field(repr=False, compare=False, default_factory=lambda: Atom(0))
+
+
+class Axes(Mapping[str, Axis]):
+    """The axes of a graph by name, in order of first use; iterating gives the `Axis` objects."""
+
+    def __init__(self, types: Typing) -> None:
+        self.types = types
+        self._axes = _collect(types)
+
+    def __getitem__(self, name: str) -> Axis:
+        if name not in self._axes:
+            raise RequestError(
+                f"no axis named {name!r}; infer_axes lists them, e.g. {next(iter(self._axes), 'none')!r}"
+            )
+        return self._axes[name]
+
+    def __iter__(self) -> Iterator[Axis]:  # type: ignore[override]
+        return iter(self._axes.values())
+
+    def __len__(self) -> int:
+        return len(self._axes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._axes
+
+    @property
+    def prunable(self) -> list[Axis]:
+        """The axes that can shrink."""
+        return [axis for axis in self if axis.prunable]
+
+    @property
+    def untyped(self) -> dict[str, str]:
+        """Nodes that froze what they touch, with the reason."""
+        return dict(self.types.untyped)
+
+
+def infer_axes(gm: fx.GraphModule) -> Axes:
+    """Every axis of the model's parameters, with its size, its parameter slices and, if it cannot shrink, why.
+
+    An axis is named after the first slice that holds it: `layer1.conv1.weight:0`, or `qkv.weight:0.1` for the second
+    factor of a dim with several.
+
+    Raises:
+        RequestError: `gm` was not made by `capture`.
+    """
+    if not isinstance(gm, fx.GraphModule) or "inputs" not in gm.meta:
+        raise RequestError(f"expected a model from capture(), got {type(gm).__name__}")
+    return Axes(type_graph(gm))
+
+
+def _collect(types: Typing) -> dict[str, Axis]:
+    slices: dict[Atom, list[Slice]] = {}
+    names: dict[Atom, str] = {}
+    shrinks: set[Atom] = set()
+    for tensor, dims in types.params.items():
+        learned = isinstance(attribute(types.gm, tensor), nn.Parameter)
+        for d, dim in enumerate(dims):
+            atoms = list(leaves(dim))
+            for at, atom in enumerate(atoms):
+                slices.setdefault(atom, []).append(Slice(tensor, d, dim, at))
+                names.setdefault(atom, f"{tensor}:{d}" + (f".{at}" if len(atoms) > 1 else ""))
+                if learned:
+                    shrinks.add(atom)
+    statistics: dict[Atom, list[str]] = {}
+    for statistic in types.statistics:
+        for atom in leaves(statistic.dim):
+            statistics.setdefault(atom, []).append(statistic.node)
+    axes = {}
+    for atom, found in slices.items():
+        reason = atom.frozen or (None if atom in shrinks else "no learned parameter has it")
+        name, stats = names[atom], tuple(statistics.get(atom, ()))
+        axes[name] = Axis(name, atom.size, reason is None, reason, tuple(found), stats, atom)
+    return axes
+
+
+def as_keep(axes: Axes, keep: Mapping[str, Tensor | list[int]]) -> dict[Atom, Tensor]:
+    """Checked, sorted kept indices by atom.
+
+    Raises:
+        RequestError: unknown or frozen axis, an index out of range or repeated, or nothing kept.
+    """
+    result: dict[Atom, Tensor] = {}
+    for name, indices in keep.items():
+        axis = axes[name]
+        kept = torch.as_tensor(indices)
+        if kept.dim() != 1 or len(kept) == 0 or kept.is_floating_point() or kept.dtype == torch.bool:
+            raise RequestError(f"keep[{name!r}] must be a non-empty list of indices; at least one index has to stay")
+        kept = kept.to("cpu", torch.int64).unique()
+        if len(kept) != len(indices) or kept[0] < 0 or kept[-1] >= axis.size:
+            raise RequestError(f"keep[{name!r}] must hold distinct indices in 0..{axis.size - 1}")
+        if len(kept) == axis.size:
+            continue
+        if not axis.prunable:
+            raise RequestError(f"axis {name!r} cannot shrink: {axis.reason}")
+        result[axis.atom] = kept
+    return result

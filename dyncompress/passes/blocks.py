@@ -1,0 +1,177 @@
+"""Cut points: where a graph can be cut so that some samples stop there and the others go on; blocks lie between them.
+
+After each node, the live values are those computed so far and used later. A cut needs every one of them to cross:
+
+    per sample   a tensor whose dim 0 is exactly the batch: it is compacted with the samples
+    shared       a tensor or number that no sample's values or batch size went into: it passes as it is
+    remade       batch sizes, devices, parameters and what only they make: never live, made again after the cut
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from .cost import node_macs
+from .dims import leaves
+from .lift import device_of
+from .typing import Typing, attribute, type_graph
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """A place right after `node`, a per-sample tensor that parameters have worked on.
+
+    `live` are all values that cross, in graph order; `single` says that `node` is the only learned per-sample one (inputs
+    and masks may travel along); `macs` per sample are spent up to and including `node`.
+    """
+
+    node: fx.Node
+    live: tuple[fx.Node, ...]
+    single: bool
+    macs: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """The stretch between two neighbouring single cut points (`start` None: the inputs); `macs` per sample."""
+
+    start: CutPoint | None
+    end: CutPoint
+    nodes: tuple[fx.Node, ...]
+    macs: int
+
+
+def cut_points(gm: fx.GraphModule, types: Typing | None = None) -> list[CutPoint]:
+    """All cut points of a captured graph, in graph order."""
+    flow = Flow(gm, types or type_graph(gm))
+    macs, spent, found = node_macs(gm), 0, []
+    for node in gm.graph.nodes:
+        spent += macs[node]
+        if node in flow.learned and flow.per_sample(node):
+            live = flow.live_after(node)
+            if node in live and all(map(flow.crosses, live)):
+                single = sum(n in flow.learned and flow.per_sample(n) for n in live) == 1
+                found.append(CutPoint(node, live, single, spent))
+    return found
+
+
+def blocks(gm: fx.GraphModule, types: Typing | None = None) -> list[Block]:
+    """The stretches between neighbouring single cut points, from the inputs to the last one."""
+    order = list(gm.graph.nodes)
+    found: list[Block] = []
+    start, begin = None, 0
+    for point in cut_points(gm, types):
+        if not point.single:
+            continue
+        end = order.index(point.node, begin) + 1
+        spent = start.macs if start else 0
+        found.append(Block(start, point, tuple(order[begin:end]), point.macs - spent))
+        start, begin = point, end
+    return found
+
+
+class Flow:
+    """Which values of a graph cross a cut, and how.
+
+    `learned`: nodes that a parameter has worked on. `remade`: nodes made again after a cut instead of crossing it.
+    """
+
+    def __init__(self, gm: fx.GraphModule, types: Typing) -> None:
+        self.types = types
+        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self._batch = set(leaves(types.batch))
+        self.learned: set[fx.Node] = set()
+        self.remade: set[fx.Node] = set()
+        self._from_samples: set[fx.Node] = set()  # by value: these differ from sample to sample
+        self._from_batch: set[fx.Node] = set()  # by size only: these must be made again
+        self._needs: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._last_use: dict[fx.Node, int] = {}
+        macs = node_macs(gm)
+        for node in gm.graph.nodes:
+            self._classify(gm, node, macs[node])
+            self._note_uses(node)
+
+    def per_sample(self, node: fx.Node) -> bool:
+        """Whether `node` is a tensor with one entry per sample along dim 0."""
+        is_tensor = isinstance(node.meta.get("val"), Tensor)
+        return is_tensor and node in self._from_samples and self.types.batch_dim(node) == 0
+
+    def crosses(self, node: fx.Node) -> bool:
+        """Whether a live value may cross a cut."""
+        if _overwritten_later(node):
+            return False  # an exit head there would lose what it saved for its backward pass
+        if self.per_sample(node):
+            return True
+        shared = node not in self._from_samples and node not in self._from_batch
+        return shared and isinstance(node.meta.get("val"), Tensor | int | float)
+
+    def live_after(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Values computed up to `node` that later nodes need, in graph order."""
+        at = self.order[node]
+        return tuple(n for n, last in self._last_use.items() if self.order[n] <= at < last)
+
+    def _classify(self, gm: fx.GraphModule, node: fx.Node, macs: int) -> None:
+        if _has_parameters(gm, node) or any(n in self.learned for n in node.all_input_nodes):
+            self.learned.add(node)
+        if node.op == "get_attr" or node.target is device_of:
+            self.remade.add(node)
+        elif node.target is aten.sym_size.int:
+            self._classify_size(node)
+        elif any(n in self._from_samples for n in node.all_input_nodes) or _is_batched_input(node):
+            self._from_samples.add(node)
+        elif any(n in self._from_batch for n in node.all_input_nodes):
+            self._from_batch.add(node)
+            if macs == 0 and self._can_be_remade(node):
+                self.remade.add(node)
+
+    def _classify_size(self, node: fx.Node) -> None:
+        """A batch size is read again after a cut; a product with the batch in it cannot be."""
+        tensor, dim = node.args[0], node.args[1]
+        dims = self.types.of(tensor)
+        if not any(leaf in self._batch for leaf in leaves(dims[dim])):
+            return
+        self._from_batch.add(node)
+        if self.types.batch_dim(tensor) == dim % len(dims):  # type: ignore[arg-type]
+            self.remade.add(node)
+
+    def _can_be_remade(self, node: fx.Node) -> bool:
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        inputs = (n in self.remade or n not in self._from_batch for n in node.all_input_nodes)
+        return node.op == "call_function" and not random and all(inputs)
+
+    def _note_uses(self, node: fx.Node) -> None:
+        """Values that `node` needs, through remade ones; a remade node uses nothing itself."""
+        needs: set[fx.Node] = set()
+        if node.target is not aten.sym_size.int or node not in self.remade:
+            for n in [] if node.target is device_of else node.all_input_nodes:
+                needs |= self._needs[n] if n in self.remade else {n}
+        self._needs[node] = frozenset(needs)
+        if node not in self.remade:
+            self._last_use.update(dict.fromkeys(needs, self.order[node]))
+
+
+def _is_batched_input(node: fx.Node) -> bool:
+    return node.op == "placeholder" and 0 in node.meta.get("dynamic", ())
+
+
+def _has_parameters(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return isinstance(attribute(gm, str(node.target)), nn.Parameter)
+    return node.op == "call_module" and any(True for _ in gm.get_submodule(str(node.target)).parameters())
+
+
+def _overwritten_later(node: fx.Node) -> bool:
+    """Whether an in-place operator writes to `node`, directly or through a view of it."""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if schema is None:
+            continue
+        aliases = [a.alias_info for a, v in zip(schema.arguments, user.args, strict=False) if v is node]
+        if any(alias is not None and alias.is_write for alias in aliases):
+            return True
+        if any(alias is not None for alias in aliases) and _overwritten_later(user):
+            return True
+    return False

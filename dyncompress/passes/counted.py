@@ -1,0 +1,81 @@
+"""Norms that divide by the count they were trained with, after some of what they average over was removed as zero.
+
+With n the old count and x the values left (the others are zero):
+    mean = sum(x) / n,   var = (sum((x - mean)^2) + (n - len(x)) * mean^2) / n,   rms^2 = sum(x^2) / n
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _CountedNorm(nn.Module):
+    """`count`: how many values each mean ran over before shrinking."""
+
+    def __init__(self, shape: list[int], count: int, eps: float, weight: bool, bias: bool) -> None:
+        super().__init__()
+        self.normalized_shape, self.count, self.eps = tuple(shape), count, eps
+        self.weight = nn.Parameter(torch.ones(shape)) if weight else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+
+    def spec(self) -> dict[str, Any]:
+        """Constructor arguments as plain JSON."""
+        args = {"shape": list(self.normalized_shape), "count": self.count, "eps": self.eps}
+        return {"type": type(self).__name__, "args": args | self._flags()}
+
+    def _flags(self) -> dict[str, Any]:
+        return {"weight": self.weight is not None, "bias": self.bias is not None}
+
+    def extra_repr(self) -> str:
+        """Shape, count and eps."""
+        return f"{self.normalized_shape}, count={self.count}, eps={self.eps}"
+
+    def _standardised(self, x: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
+        left = math.prod(x.shape[d] for d in dims)
+        mean = x.sum(dims, keepdim=True) / count
+        squares = (x - mean).square().sum(dims, keepdim=True) + (count - left) * mean.square()
+        return (x - mean) * torch.rsqrt(squares / count + self.eps)
+
+    def _affine(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if self.weight is not None:
+            x = x * self.weight.view(shape)
+        return x if self.bias is None else x + self.bias.view(shape)
+
+
+class CountedLayerNorm(_CountedNorm):
+    """nn.LayerNorm over the last dims, dividing by `count`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., *shape)."""
+        dims = tuple(range(-len(self.normalized_shape), 0))
+        return self._affine(self._standardised(x, dims, self.count), self.normalized_shape)
+
+
+class CountedRMSNorm(_CountedNorm):
+    """nn.RMSNorm over the last dims, dividing by `count`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., *shape)."""
+        dims = tuple(range(-len(self.normalized_shape), 0))
+        mean_square = x.square().sum(dims, keepdim=True) / self.count
+        return self._affine(x * torch.rsqrt(mean_square + self.eps), self.normalized_shape)
+
+
+class CountedGroupNorm(_CountedNorm):
+    """nn.GroupNorm with `num_groups` groups of once `count` channels each."""
+
+    def __init__(self, shape: list[int], count: int, eps: float, weight: bool, bias: bool, num_groups: int) -> None:
+        super().__init__(shape, count, eps, weight, bias)
+        self.num_groups = num_groups
+
+    def _flags(self) -> dict[str, Any]:
+        return {**super()._flags(), "num_groups": self.num_groups}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, channels, ...)."""
+        area = math.prod(x.shape[2:])
+        grouped = x.reshape(x.shape[0], self.num_groups, -1)
+        normed = self._standardised(grouped, (2,), self.count * area).reshape(x.shape)
+        return self._affine(normed, (-1, *[1] * (x.dim() - 2)))

@@ -1,0 +1,63 @@
+"""Exact mode of shrinking: statistics over a shrunk axis keep the old count, as if what was removed were zero."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import RequestError
+from .counted import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
+from .dims import Atom, Dim, new_size
+from .typing import Typing, op_name
+
+aten = torch.ops.aten
+Twins = list[tuple[fx.Node, fx.Node]]
+
+
+def keep_counts(types: Typing, small: fx.GraphModule, twins: Twins, keep: Mapping[Atom, Tensor]) -> None:
+    """Replaces the norms and rescales the means of `small` that average over a shrunk dim.
+
+    Raises:
+        RequestError: a statistic that has no exact form here (a variance computed by an operator, say).
+    """
+    shrunk: dict[str, list[Dim]] = {}
+    for statistic in types.statistics:
+        if new_size(statistic.dim, keep) != statistic.dim.size:
+            shrunk.setdefault(statistic.node, []).append(statistic.dim)
+    for old, new in twins:
+        if old.name in shrunk and old.op == "call_module":
+            _replace_norm(types, small, old, keep)
+        elif old.name in shrunk and op_name(old) == "mean":
+            _rescale(new, math.prod(new_size(dim, keep) / dim.size for dim in shrunk[old.name]))
+        elif old.name in shrunk and op_name(old) not in {"sum", "linalg_vector_norm", "norm"}:
+            raise RequestError(f"exact=True cannot keep the count of {old.name} ({op_name(old)}); use exact=False")
+
+
+def _rescale(node: fx.Node, ratio: float) -> None:
+    with node.graph.inserting_after(node):
+        scaled = node.graph.call_function(aten.mul.Tensor, (node, ratio))
+    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    scaled.meta = dict(node.meta)
+
+
+def _replace_norm(types: Typing, small: fx.GraphModule, old: fx.Node, keep: Mapping[Atom, Tensor]) -> None:
+    path = str(old.target)
+    before: Any = types.gm.get_submodule(path)
+    now: Any = small.get_submodule(path)
+    settings: dict[str, Any] = {"eps": now.eps, "weight": now.weight is not None}
+    settings["bias"] = getattr(now, "bias", None) is not None
+    counted: nn.Module
+    if isinstance(before, nn.GroupNorm):
+        per_group = before.num_channels // before.num_groups
+        counted = CountedGroupNorm([now.num_channels], per_group, **settings, num_groups=now.num_groups)
+    elif isinstance(before, nn.LayerNorm | nn.RMSNorm):
+        kind = CountedLayerNorm if isinstance(before, nn.LayerNorm) else CountedRMSNorm
+        counted = kind(list(now.normalized_shape), math.prod(before.normalized_shape), **settings)
+    else:
+        return  # already counted
+    for name, tensor in now._parameters.items():
+        counted._parameters[name] = tensor
+    parent, _, name = path.rpartition(".")
+    small.get_submodule(parent).add_module(name, counted.train(now.training))

@@ -1,0 +1,155 @@
+"""Exit heads: the smallest classifier that reads a cut point's tensor, chosen from its shape and dim types.
+
+    image   (batch, channels, *space), channels anywhere   a * maxpool + (1 - a) * avgpool, linear
+    tokens  (batch, time, features)                        the token the model itself reads, LayerNorm, linear
+    vector  (batch, features)                              linear
+
+The image head is that of Shallow-Deep Networks (Kaya et al., 2019, section 4.1) with its pooling mix `a` learned.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .dims import resolve
+from .typing import Typing
+
+aten = torch.ops.aten
+
+
+class ExitHead(nn.Module):
+    """A head from features to (batch, classes) logits; its constructor arguments are plain and kept as attributes."""
+
+    arguments: tuple[str, ...] = ()
+    linear: nn.Linear
+
+    def spec(self) -> dict[str, Any]:
+        """What rebuilds the head: ``HEADS[spec["type"]](**spec["args"])``, weights aside."""
+        return {"type": type(self).__name__, "args": {name: getattr(self, name) for name in self.arguments}}
+
+    @property
+    def macs_per_sample(self) -> int:
+        """Multiply-accumulates for one sample."""
+        return self.linear.in_features * self.linear.out_features
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.arguments)
+
+
+class ImageHead(ExitHead):
+    """Pools every dim but the batch and `channel_dim` by a learned mix of maximum and mean, then a linear layer."""
+
+    arguments = ("channels", "classes", "channel_dim")
+
+    def __init__(self, channels: int, classes: int, channel_dim: int = 1) -> None:
+        super().__init__()
+        self.channels, self.classes, self.channel_dim = channels, classes, channel_dim
+        self.mix = nn.Parameter(torch.zeros(()))  # a = sigmoid(mix)
+        self.linear = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, ..., channels, ...) features to (batch, classes) logits."""
+        space = [d for d in range(1, x.dim()) if d != self.channel_dim]
+        a = torch.sigmoid(self.mix)
+        return self.linear(a * x.amax(space) + (1 - a) * x.mean(space))
+
+
+class TokenHead(ExitHead):
+    """Reads the first, the last or the mean token, then LayerNorm and a linear layer."""
+
+    arguments = ("features", "classes", "token")
+
+    def __init__(self, features: int, classes: int, token: str = "mean") -> None:
+        super().__init__()
+        self.features, self.classes, self.token = features, classes, token
+        self.norm = nn.LayerNorm(features)
+        self.linear = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, features) to (batch, classes) logits."""
+        token = x[:, 0] if self.token == "first" else x[:, -1] if self.token == "last" else x.mean(1)
+        return self.linear(self.norm(token))
+
+
+class VectorHead(ExitHead):
+    """One linear layer."""
+
+    arguments = ("features", "classes")
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.features, self.classes = features, classes
+        self.linear = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, features) to (batch, classes) logits."""
+        return self.linear(x)
+
+
+HEADS: dict[str, type[ExitHead]] = {kind.__name__: kind for kind in (ImageHead, TokenHead, VectorHead)}
+
+
+def head_spec(types: Typing, node: fx.Node, classes: int) -> dict[str, Any] | None:
+    """The `spec` of the head for a cut at `node`; None where the tensor is no floating-point feature map."""
+    val = node.meta["val"]
+    if not val.is_floating_point() or val.dim() < 2:
+        return None
+    if val.dim() == 2:
+        return {"type": "VectorHead", "args": {"features": val.shape[1], "classes": classes}}
+    dim = _channel_dim(types, node)
+    if not dim:
+        return None
+    size = val.shape[dim]
+    if val.dim() == 3 and dim == 2:
+        token = _token_read(node)
+        return {"type": "TokenHead", "args": {"features": size, "classes": classes, "token": token}}
+    return {"type": "ImageHead", "args": {"channels": size, "classes": classes, "channel_dim": dim}}
+
+
+def spec_macs(spec: dict[str, Any]) -> int:
+    """Multiply-accumulates for one sample of the head that `spec` makes."""
+    args = spec["args"]
+    return args.get("channels", args.get("features")) * args["classes"]
+
+
+def _channel_dim(types: Typing, node: fx.Node) -> int | None:
+    """The dim that holds what a layer puts out: the dim 0 of some weight, bias or scale, whole.
+
+    A map that is flattened into a classifier shares its height and width with that weight too, but never as its outputs.
+    """
+    outputs = {resolve(dims[0]) for dims in types.params.values() if dims}
+    dims = [resolve(d) for d in types.of(node)]
+    hits = [i for i, d in enumerate(dims) if i > 0 and d.size > 1 and d in outputs]
+    return hits[-1] if hits else types.feature_dim(node)
+
+
+def _token_read(node: fx.Node) -> str:
+    """"first" or "last" where the model itself reads just that token of `node` or of what follows; else "mean"."""
+    length = node.meta["val"].shape[1]
+    queue, seen = [node], {node}
+    while queue:
+        current = queue.pop()
+        for user in current.users:
+            token = _reads(user, current, length)
+            if token:
+                return token
+            if user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return "mean"
+
+
+def _reads(user: fx.Node, tokens: fx.Node, length: int) -> str | None:
+    val = tokens.meta.get("val")
+    if not isinstance(val, Tensor) or val.dim() != 3 or val.shape[1] != length or user.args[0] is not tokens:
+        return None
+    if user.target is aten.select.int and user.args[1] == 1:
+        start, stop = user.args[2], user.args[2] + 1  # type: ignore[operator]
+    elif user.target is aten.slice.Tensor and user.args[1:2] == (1,) and user.meta["val"].shape[1] == 1:
+        start, stop = user.args[2], None
+    else:
+        return None
+    if start == 0:
+        return "first"
+    return "last" if start in (-1, length - 1) and stop in (None, start + 1) else None  # type: ignore[operator]

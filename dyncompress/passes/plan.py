@@ -1,0 +1,76 @@
+"""A plan: the slices of every tensor for a set of kept indices. It slices anything shaped like the parameters -
+weights, gradients, optimiser moments, an averaged copy, shards of a file - and it zeroes what it would remove."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from .axes import Axes, as_keep, infer_axes
+from .dims import kept_indices, new_size
+
+Kept = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept indices (None = all) of each dim of each parameter and buffer that shrinks, by name, with its old shape."""
+
+    kept: Mapping[str, Kept]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def slice(self, name: str, tensor: Tensor) -> Tensor:
+        """The part of `tensor` (shaped like the parameter `name`) that stays; a copy.
+
+        Raises:
+            ValueError: the tensor has another shape than the parameter.
+        """
+        if name not in self.kept:
+            return tensor.clone()
+        self._check(name, tensor)
+        for dim, kept in enumerate(self.kept[name]):
+            if kept is not None:
+                tensor = tensor.index_select(dim, kept.to(tensor.device))
+        return tensor
+
+    def zero(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` with everything that would be removed set to zero."""
+        tensor = tensor.clone()
+        if name not in self.kept:
+            return tensor
+        self._check(name, tensor)
+        for dim, kept in enumerate(self.kept[name]):
+            if kept is not None:
+                gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+                gone[kept.to(tensor.device)] = False
+                tensor.index_fill_(dim, gone.nonzero()[:, 0], 0)
+        return tensor
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every tensor of a mapping by parameter name (a state dict, the moments of an optimiser), sliced."""
+        return {name: self.slice(name, tensor) for name, tensor in tensors.items()}
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the plan expects {self.shapes[name]}")
+
+
+def plan(gm: fx.GraphModule, keep: Mapping[str, Tensor | list[int]]) -> Plan:
+    """The plan that keeps `keep[axis name]` of each named axis and all of the others.
+
+    Raises:
+        RequestError: unknown or frozen axis, bad indices.
+    """
+    axes = infer_axes(gm)
+    return plan_axes(axes, as_keep(axes, keep))
+
+
+def plan_axes(axes: Axes, keep: Mapping) -> Plan:
+    """The plan for kept indices by atom."""
+    kept, shapes = {}, {}
+    for name, dims in axes.types.params.items():
+        if any(new_size(d, keep) != d.size for d in dims):
+            kept[name] = tuple(kept_indices(d, keep) for d in dims)
+            shapes[name] = tuple(d.size for d in dims)
+    return Plan(kept, shapes)

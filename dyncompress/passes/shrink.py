@@ -1,0 +1,78 @@
+"""Shrink: slice every tensor by its dim types, then re-evaluate the sizes that modules and the graph spell out."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .axes import Axes, as_keep, infer_axes
+from .dims import Atom, new_size
+from .exact import keep_counts
+from .plan import Plan, plan_axes
+from .resize_modules import resize_modules
+from .resize_ops import resize_ops
+from .typing import attribute
+
+Keep = Mapping[str, Tensor | list[int]]
+
+
+def shrink(gm: fx.GraphModule, keep: Keep, *, exact: bool = False) -> fx.GraphModule:
+    """A physically smaller copy of a captured model that keeps `keep[axis name]` of each named axis.
+
+    Where the removed indices contribute nothing it computes what `gm` computes. Norms and means over a shrunk axis
+    divide by the new count; `exact=True` keeps the old one, as if what was removed were zero.
+
+    Raises:
+        RequestError: unknown or frozen axis, an index out of range, or nothing kept.
+    """
+    axes = infer_axes(gm)
+    return shrink_axes(axes, as_keep(axes, keep), exact=exact)
+
+
+def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False) -> fx.GraphModule:
+    """`shrink` with axes already inferred and kept indices by atom."""
+    types = axes.types
+    small = _copy_with(types.gm, plan_axes(axes, keep))
+    nodes = {node.name: node for node in small.graph.nodes}
+    twins = [(old, nodes[old.name]) for old in types.gm.graph.nodes]
+    resize_modules(types, small, keep)
+    resize_ops(types, twins, keep)
+    if exact:
+        keep_counts(types, small, twins, keep)
+    for old, new in twins:
+        new.meta["val"] = _resized(old.meta.get("val"), types.dims.get(old, ()), keep)
+    small.recompile()
+    return small
+
+
+def mask(gm: fx.GraphModule, keep: Keep) -> fx.GraphModule:
+    """A copy of the same size with every removed slice zeroed: the reference that a shrunk model must equal."""
+    axes = infer_axes(gm)
+    scheme = plan_axes(axes, as_keep(axes, keep))
+    masked = copy.deepcopy(gm)
+    with torch.no_grad():
+        for name in scheme.kept:
+            tensor = attribute(masked, name)
+            tensor.copy_(scheme.zero(name, tensor))
+    return masked
+
+
+def _copy_with(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
+    """A deep copy of `gm` in which each planned tensor is already its slice."""
+    memo: dict[int, Any] = {}
+    for name in scheme.kept:
+        tensor = attribute(gm, name)
+        small = scheme.slice(name, tensor.detach())
+        is_param = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if is_param else small
+    return copy.deepcopy(gm, memo)
+
+
+def _resized(val: Any, dims: Any, keep: Mapping[Atom, Tensor]) -> Any:
+    if isinstance(val, Tensor) and len(dims) == val.dim():
+        return torch.empty([new_size(d, keep) for d in dims], dtype=val.dtype, device="meta")
+    if isinstance(val, tuple | list) and len(dims) == len(val):
+        return type(val)(_resized(v, d, keep) for v, d in zip(val, dims, strict=True))
+    return val
