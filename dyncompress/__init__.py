@@ -1,0 +1,79 @@
+"""dyncompress: takes a trained, static PyTorch network and gives back a smaller one, a dynamic one, or both."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compress.convert import convert
+    from .compress.evaluate import evaluate
+    from .compress.prune import prune
+    from .compress.recalibrate import recalibrate_batchnorm
+    from .errors import DynCompressError, RequestError
+    from .model_zoo.data import load_data
+    from .passes.axes import Axis, infer_axes
+    from .passes.capture import capture
+    from .passes.exits import InsertExits
+    from .passes.plan import Plan, plan
+    from .passes.shrink import mask, shrink
+    from .runtime.checkpoint import load, save
+    from .runtime.dynamic import DynamicModel, Prediction
+    from .runtime.onnx_export import export_onnx
+    from .runtime.policy import ExitPolicy
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "passes.axes": ("Axis", "infer_axes"),
+    "passes.capture": ("capture",),
+    "passes.exits": ("InsertExits",),
+    "passes.plan": ("Plan", "plan"),
+    "passes.shrink": ("mask", "shrink"),
+    "compress.convert": ("convert",),
+    "compress.evaluate": ("evaluate",),
+    "compress.prune": ("prune",),
+    "compress.recalibrate": ("recalibrate_batchnorm",),
+    "runtime.checkpoint": ("load", "save"),
+    "runtime.dynamic": ("DynamicModel", "Prediction"),
+    "runtime.onnx_export": ("export_onnx",),
+    "runtime.policy": ("ExitPolicy",),
+    "model_zoo.data": ("load_data",),
+    "errors": ("DynCompressError", "RequestError"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Axis",
+    "DynCompressError",
+    "DynamicModel",
+    "ExitPolicy",
+    "InsertExits",
+    "Plan",
+    "Prediction",
+    "RequestError",
+    "capture",
+    "convert",
+    "evaluate",
+    "export_onnx",
+    "infer_axes",
+    "load",
+    "load_data",
+    "mask",
+    "plan",
+    "prune",
+    "recalibrate_batchnorm",
+    "save",
+    "shrink",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load on first use, so that importing the package is quick."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'dyncompress' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

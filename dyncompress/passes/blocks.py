@@ -111,7 +111,8 @@ class Flow:
     def live_after(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """Values computed up to `node` that later nodes need, in graph order."""
         at = self.order[node]
-        return tuple(n for n, last in self._last_use.items() if self.order[n] <= at < last)
+        live = [n for n, last in self._last_use.items() if self.order[n] <= at < last]
+        return tuple(sorted(live, key=self.order.__getitem__))
 
     def _classify(self, gm: fx.GraphModule, node: fx.Node, macs: int) -> None:
         if _has_parameters(gm, node) or any(n in self.learned for n in node.all_input_nodes):

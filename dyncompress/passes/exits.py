@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
@@ -181,6 +181,7 @@ def _insert(gm: fx.GraphModule, logits: fx.Node, chosen: list[Place]) -> None:
     output.args = ((*early, logits),)
     plain_outputs(gm.graph)
     gm.graph.eliminate_dead_code()
+    gm.delete_all_unused_submodules()
     gm.meta["exits"] = [place.point.node.name for place in chosen]
     gm.recompile()
 
@@ -201,6 +202,3 @@ def exit_heads(gm: fx.GraphModule) -> list[fx.Node]:
         raise RequestError("the graph has no exits; run InsertExits on it first")
     *heads, _ = gm.graph.output_node().args[0]  # type: ignore[misc]
     return heads  # type: ignore[return-value]
-
-
-__all__ = ["InsertExits", "Place", "exit_heads", "exit_places", "find_logits", "nn", "plain_outputs"]

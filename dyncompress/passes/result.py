@@ -1,12 +1,15 @@
 """What every pass is: a frozen dataclass whose fields are its options, from a graph to a `PassResult`."""
 
-import copy
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import yaml
 from torch import fx
+
+from .copying import deep_copy
+
+from .copying import deep_copy
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class GraphPass(ABC):
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Runs the pass on a deep copy of `gm` (parameters included)."""
-        return self.rewrite(copy.deepcopy(gm))
+        return self.rewrite(deep_copy(gm))
 
     @abstractmethod
     def rewrite(self, gm: fx.GraphModule) -> PassResult:

@@ -1,6 +1,5 @@
 """Shrink: slice every tensor by its dim types, then re-evaluate the sizes that modules and the graph spell out."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .axes import Axes, as_keep, infer_axes
+from .copying import deep_copy
 from .dims import Atom, new_size
 from .exact import keep_counts
 from .plan import Plan, plan_axes
@@ -51,7 +51,7 @@ def mask(gm: fx.GraphModule, keep: Keep) -> fx.GraphModule:
     """A copy of the same size with every removed slice zeroed: the reference that a shrunk model must equal."""
     axes = infer_axes(gm)
     scheme = plan_axes(axes, as_keep(axes, keep))
-    masked = copy.deepcopy(gm)
+    masked = deep_copy(gm)
     with torch.no_grad():
         for name in scheme.kept:
             tensor = attribute(masked, name)
@@ -67,7 +67,7 @@ def _copy_with(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
         small = scheme.slice(name, tensor.detach())
         is_param = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if is_param else small
-    return copy.deepcopy(gm, memo)
+    return deep_copy(gm, memo)
 
 
 def _resized(val: Any, dims: Any, keep: Mapping[Atom, Tensor]) -> Any:

@@ -1,0 +1,19 @@
+"""Deep copies of captured models."""
+
+import copy
+import warnings
+from typing import Any, TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def deep_copy(model: M, memo: dict[int, Any] | None = None) -> M:
+    """copy.deepcopy of a captured model; `memo` maps the id of a tensor to what the copy holds in its place.
+
+    torch 2.13 warns about its own leaf specification whenever a captured graph is copied; that one is silenced.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        return copy.deepcopy(model, {} if memo is None else memo)
