@@ -18,14 +18,15 @@ from .lift import device_of
 from .typing import Typing, attribute, type_graph
 
 aten = torch.ops.aten
+_NEW_TENSORS = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
 
 
 @dataclass(frozen=True)
 class CutPoint:
     """A place right after `node`, a per-sample tensor that parameters have worked on.
 
-    `live` are all values that cross, in graph order; `single` says that `node` is the only learned per-sample one (inputs
-    and masks may travel along); `macs` per sample are spent up to and including `node`.
+    `live` are all values that cross, in graph order; `single` says that `node` is the only learned per-sample one
+    (inputs and masks may travel along); `macs` per sample are spent up to and including `node`.
     """
 
     node: fx.Node
@@ -121,27 +122,34 @@ class Flow:
             self.remade.add(node)
         elif node.target is aten.sym_size.int:
             self._classify_size(node)
-        elif any(n in self._from_samples for n in node.all_input_nodes) or _is_batched_input(node):
+        elif self._is_from_samples(node):
             self._from_samples.add(node)
         elif any(n in self._from_batch for n in node.all_input_nodes):
             self._from_batch.add(node)
             if macs == 0 and self._can_be_remade(node):
                 self.remade.add(node)
 
+    def _is_from_samples(self, node: fx.Node) -> bool:
+        if node.target in _NEW_TENSORS and not self.types.has_batch(node):
+            return False  # it takes only dtype and device from its input
+        batched = node.op == "placeholder" and 0 in node.meta.get("dynamic", ())
+        return batched or any(n in self._from_samples for n in node.all_input_nodes)
+
     def _classify_size(self, node: fx.Node) -> None:
         """A batch size is read again after a cut; a product with the batch in it cannot be."""
-        tensor, dim = node.args[0], node.args[1]
+        tensor, dim = node.args
+        assert isinstance(tensor, fx.Node) and isinstance(dim, int)
         dims = self.types.of(tensor)
         if not any(leaf in self._batch for leaf in leaves(dims[dim])):
             return
         self._from_batch.add(node)
-        if self.types.batch_dim(tensor) == dim % len(dims):  # type: ignore[arg-type]
+        if self.types.batch_dim(tensor) == dim % len(dims):
             self.remade.add(node)
 
     def _can_be_remade(self, node: fx.Node) -> bool:
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         inputs = (n in self.remade or n not in self._from_batch for n in node.all_input_nodes)
-        return node.op == "call_function" and not random and all(inputs)
+        return node.op == "call_function" and not random and all(inputs) and not _overwritten_later(node)
 
     def _note_uses(self, node: fx.Node) -> None:
         """Values that `node` needs, through remade ones; a remade node uses nothing itself."""
@@ -152,10 +160,6 @@ class Flow:
         self._needs[node] = frozenset(needs)
         if node not in self.remade:
             self._last_use.update(dict.fromkeys(needs, self.order[node]))
-
-
-def _is_batched_input(node: fx.Node) -> bool:
-    return node.op == "placeholder" and 0 in node.meta.get("dynamic", ())
 
 
 def _has_parameters(gm: fx.GraphModule, node: fx.Node) -> bool:

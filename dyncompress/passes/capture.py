@@ -4,10 +4,12 @@ The batch is dynamic: the example is repeated to a prime batch so that it never 
 Integer inputs (token ids, masks) also get dynamic trailing dims where the model allows it.
 """
 
+import io
 import linecache
+import logging
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +77,10 @@ def _rebatch(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any,
     return pytree.tree_map(repeat, inputs)
 
 
-def _dynamic_dims(leaf: Any, free_lengths: bool) -> dict[int, Any] | None:
+def _dynamic_dims(leaf: Any) -> dict[int, Any] | None:
     if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != CAPTURE_BATCH:
         return None
-    tokens = free_lengths and not leaf.is_floating_point()
+    tokens = not leaf.is_floating_point()
     return {0: Dim.DYNAMIC} | (dict.fromkeys(range(1, leaf.dim()), Dim.AUTO) if tokens else {})
 
 
@@ -99,22 +101,30 @@ def _capture_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    def attempt(free_lengths: bool) -> ExportedProgram:
-        shapes = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, free_lengths), (args, kwargs))
-        dynamic = _as_export_shapes(model.forward, args, kwargs, shapes)
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
-
+    shapes = _as_export_shapes(args, kwargs, pytree.tree_map(_dynamic_dims, (args, kwargs)))
     try:
-        return attempt(free_lengths=True)
+        with _quiet():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except RequestError:
         raise
     except Exception as error:
         raise RequestError(_explain(model, error)) from error
 
 
-def _as_export_shapes(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], shapes: tuple[Any, Any]
-) -> Any:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export prints the whole graph and logs when it refuses a model; the error says what matters."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    try:
+        logger.setLevel(logging.CRITICAL)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _as_export_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: tuple[Any, Any]) -> Any:
     """torch.export wants positional shapes as a tuple and keyword shapes by name."""
     if not kwargs:
         return shapes[0]

@@ -63,8 +63,9 @@ def _whole_macs(gm: fx.GraphModule, node: fx.Node) -> int:
     if node.op != "call_module":
         return 0
     module = gm.get_submodule(str(node.target))
-    if hasattr(module, "macs_per_sample"):  # modules of this package, such as exit heads, know their own cost
-        return int(module.macs_per_sample) * CAPTURE_BATCH
+    known = getattr(module, "macs_per_sample", None)  # modules of this package, such as exit heads, say it themselves
+    if known is not None:
+        return known * CAPTURE_BATCH
     return next((count(node, module) for kind, count in _MODULE_MACS.items() if isinstance(module, kind)), 0)
 
 
@@ -189,16 +190,21 @@ _OP_MACS: dict[Any, Callable[[fx.Node], int]] = {
 # --- modules -----------------------------------------------------------------------------------------------------
 
 
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight
+
+
 def _conv_module(node: fx.Node, module: nn.Module) -> int:
-    return _val(node).numel() * math.prod(module.weight.shape[1:])  # type: ignore[union-attr, arg-type]
+    return _val(node).numel() * math.prod(_weight(module).shape[1:])
 
 
 def _conv_transpose_module(node: fx.Node, module: nn.Module) -> int:
-    return _val(node.args[0]).numel() * math.prod(module.weight.shape[1:])  # type: ignore[union-attr, arg-type]
+    return _val(node.args[0]).numel() * math.prod(_weight(module).shape[1:])
 
 
 def _linear_module(node: fx.Node, module: nn.Module) -> int:
-    return _val(node).numel() * module.weight.shape[1]  # type: ignore[union-attr, index]
+    return _val(node).numel() * _weight(module).shape[1]
 
 
 def _recurrent_module(node: fx.Node, module: nn.Module) -> int:

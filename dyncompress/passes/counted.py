@@ -14,7 +14,7 @@ from torch import Tensor, nn
 class _CountedNorm(nn.Module):
     """`count`: how many values each mean ran over before shrinking."""
 
-    def __init__(self, shape: list[int], count: int, eps: float, weight: bool, bias: bool) -> None:
+    def __init__(self, shape: list[int], count: int, eps: float | None, weight: bool, bias: bool) -> None:
         super().__init__()
         self.normalized_shape, self.count, self.eps = tuple(shape), count, eps
         self.weight = nn.Parameter(torch.ones(shape)) if weight else None
@@ -36,7 +36,7 @@ class _CountedNorm(nn.Module):
         left = math.prod(x.shape[d] for d in dims)
         mean = x.sum(dims, keepdim=True) / count
         squares = (x - mean).square().sum(dims, keepdim=True) + (count - left) * mean.square()
-        return (x - mean) * torch.rsqrt(squares / count + self.eps)
+        return (x - mean) * torch.rsqrt(squares / count + (self.eps or 0.0))
 
     def _affine(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         if self.weight is not None:
@@ -60,13 +60,14 @@ class CountedRMSNorm(_CountedNorm):
         """x: (..., *shape)."""
         dims = tuple(range(-len(self.normalized_shape), 0))
         mean_square = x.square().sum(dims, keepdim=True) / self.count
-        return self._affine(x * torch.rsqrt(mean_square + self.eps), self.normalized_shape)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return self._affine(x * torch.rsqrt(mean_square + eps), self.normalized_shape)
 
 
 class CountedGroupNorm(_CountedNorm):
     """nn.GroupNorm with `num_groups` groups of once `count` channels each."""
 
-    def __init__(self, shape: list[int], count: int, eps: float, weight: bool, bias: bool, num_groups: int) -> None:
+    def __init__(self, shape: list[int], count: int, eps: float | None, weight: bool, bias: bool, num_groups: int) -> None:
         super().__init__(shape, count, eps, weight, bias)
         self.num_groups = num_groups
 

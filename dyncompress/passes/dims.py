@@ -234,6 +234,8 @@ def _cut_at(dim: Dim, n: int) -> tuple[Dim, Dim] | None:
         return None
     head, tail = dim.factors[0], Product(dim.factors[1:])
     whole, inside = divmod(n, tail.size)
+    if inside and all(leaf.frozen for leaf in leaves(head)):
+        return None
     heads = _cut(head, [whole, 1, head.size - whole - 1] if inside else [whole, head.size - whole])
     middle = _cut_at(tail, inside) if inside else (ONE, ONE)
     if heads is None or middle is None:

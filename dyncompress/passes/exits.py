@@ -1,6 +1,7 @@
 """Early exits (BranchyNet, Teerapittayanon et al. 2016; Shallow-Deep Networks, Kaya et al. 2019) put into a graph."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,11 +12,12 @@ from torch.utils import _pytree as pytree
 from ..errors import RequestError
 from .blocks import CutPoint, cut_points
 from .cost import count_macs
-from .heads import HEADS, head_spec, spec_macs
+from .heads import HEADS, VectorHead, head_spec, spec_macs
 from .result import GraphPass, PassResult
 from .typing import Typing, type_graph
 
 _LEAST_REST = 0.05  # an exit that saves less than this share of the MACs is not worth its head
+_DETOUR = 0.1  # share of the MACs that an exit may be off its place so that only one tensor crosses there
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class InsertExits(GraphPass):
     1. `exits` a number: at equal shares of the MACs, k/(exits + 1), each at the nearest place left;
     2. `exits` node names: after exactly these nodes.
 
-    The heads become the modules ``exits.0``, ``exits.1``, ...; the graph's output becomes the plain tuple of every exit's
-    (batch, classes) logits, the model's own last; `gm.meta["exits"]` lists the nodes that the exits follow.
+    The heads become the modules ``exits.0``, ``exits.1``, ...; the graph's output becomes the plain tuple of every
+    exit's (batch, classes) logits, the model's own last; `gm.meta["exits"]` lists the nodes that the exits follow.
 
     Raises:
         RequestError: the model has no single (batch, classes) logits output, or too few places for exits.
@@ -122,9 +124,7 @@ def exit_places(gm: fx.GraphModule, types: Typing, classes: int) -> list[Place]:
 
 
 def _at_equal_shares(places: list[Place], count: int, total: int) -> list[Place]:
-    useful = [p for p in places if 0 < p.point.macs <= (1 - _LEAST_REST) * total]
-    single = _one_per_cost([p for p in useful if p.point.single])
-    usable = single if len(single) >= count else _one_per_cost(useful)
+    usable = _one_per_cost([p for p in places if 0 < p.point.macs <= (1 - _LEAST_REST) * total])
     if len(usable) < count:
         names = ", ".join(p.point.node.name for p in usable)
         raise RequestError(
@@ -133,16 +133,23 @@ def _at_equal_shares(places: list[Place], count: int, total: int) -> list[Place]
     chosen: list[Place] = []
     first = 0
     for k in range(count):
-        window = range(first, len(usable) - (count - k) + 1)  # leaves a place for each exit to come
-        goal = (k + 1) / (count + 1) * total
-        at = min(window, key=lambda i: abs(usable[i].point.macs - goal))
-        chosen.append(usable[at])
-        first = at + 1
+        window = usable[first : len(usable) - (count - k) + 1]  # leaves a place for each exit to come
+        best = min(window, key=partial(_distance, goal=(k + 1) / (count + 1), total=total))
+        chosen.append(best)
+        first = usable.index(best) + 1
     return chosen
 
 
+def _distance(place: Place, goal: float, total: int) -> float:
+    """How far `place` is from a share `goal` of the MACs; more than one tensor to carry on counts as a detour."""
+    return abs(place.point.macs / total - goal) + (0 if place.point.single else _DETOUR)
+
+
 def _one_per_cost(places: list[Place]) -> list[Place]:
-    """Of places with no MACs between them (a layer, its norm and activation) the last with the cheapest head."""
+    """Of places with no MACs between them (a layer, its norm and activation) the last, if possible with one tensor.
+
+    A map is taken before it is flattened: its head is as many times smaller as the map has positions.
+    """
     best: dict[int, Place] = {}
     for place in places:
         rival = best.get(place.point.macs)
@@ -151,8 +158,8 @@ def _one_per_cost(places: list[Place]) -> list[Place]:
     return list(best.values())
 
 
-def _rank(place: Place) -> tuple[bool, int]:
-    return place.point.single, -spec_macs(place.spec)
+def _rank(place: Place) -> tuple[bool, bool]:
+    return place.point.single, place.spec["type"] != VectorHead.__name__
 
 
 def _by_name(places: list[Place], names: tuple[str, ...]) -> list[Place]:
@@ -200,5 +207,4 @@ def exit_heads(gm: fx.GraphModule) -> list[fx.Node]:
     """
     if not gm.meta.get("exits"):
         raise RequestError("the graph has no exits; run InsertExits on it first")
-    *heads, _ = gm.graph.output_node().args[0]  # type: ignore[misc]
-    return heads  # type: ignore[return-value]
+    return list(gm.graph.output_node().args[0])[:-1]  # type: ignore[arg-type]

@@ -116,7 +116,7 @@ def spec_macs(spec: dict[str, Any]) -> int:
 def _channel_dim(types: Typing, node: fx.Node) -> int | None:
     """The dim that holds what a layer puts out: the dim 0 of some weight, bias or scale, whole.
 
-    A map that is flattened into a classifier shares its height and width with that weight too, but never as its outputs.
+    A map that is flattened into a classifier shares its height and width with that weight too, never as its outputs.
     """
     outputs = {resolve(dims[0]) for dims in types.params.values() if dims}
     dims = [resolve(d) for d in types.of(node)]
@@ -125,7 +125,7 @@ def _channel_dim(types: Typing, node: fx.Node) -> int | None:
 
 
 def _token_read(node: fx.Node) -> str:
-    """"first" or "last" where the model itself reads just that token of `node` or of what follows; else "mean"."""
+    """ "first" or "last" where the model itself reads just that token of `node` or of what follows; else "mean"."""
     length = node.meta["val"].shape[1]
     queue, seen = [node], {node}
     while queue:

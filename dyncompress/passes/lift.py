@@ -44,7 +44,9 @@ def lift(gm: fx.GraphModule, model: nn.Module, inputs: list[Any]) -> fx.GraphMod
 
 
 def _is_impure(node: fx.Node) -> bool:
-    return node.op in {"placeholder", "output"}
+    """In-place operators count where nobody reads what they return: they may write through a view."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op in {"placeholder", "output"} or (schema is not None and schema.is_mutable)
 
 
 # --- 1. helper sub-graphs and assertions -------------------------------------------------------------------------

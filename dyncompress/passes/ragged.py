@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 _CELLS = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
 
@@ -88,7 +89,7 @@ class RaggedRecurrent(nn.Module):
                 states.append(state)
             x = torch.cat(outputs, -1)
             if self.dropout and layer + 1 < self.num_layers:
-                x = nn.functional.dropout(x, self.dropout, self.training)
+                x = F.dropout(x, self.dropout, self.training)
         return (x if self.batch_first else x.transpose(0, 1)), self._stacked(states)
 
     def _run(self, x: Tensor, layer: int, direction: int, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -97,9 +98,22 @@ class RaggedRecurrent(nn.Module):
         weights = [getattr(self, kind + suffix) for kind in (*kinds, *(["weight_hr"] if self.proj_size else []))]
         state = self._initial(x, layer * self.directions + direction, hx)
         x = x.flip(1) if direction else x
+        if self.proj_size and weights[-1].shape[0] == weights[-1].shape[1]:
+            return self._run_padded(x, weights, state, bool(direction))
         given = state if self.mode == "LSTM" else state[0]
         y, *last = _CELLS[self.mode](x, given, weights, self.bias, 1, 0.0, False, False, True)  # type: ignore[operator]
         return (y.flip(1) if direction else y), tuple(last)
+
+    def _run_padded(
+        self, x: Tensor, weights: list[Tensor], state: tuple[Tensor, ...], backward: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """ATen tells a projection by its width differing from the cell's: one cell of zeros makes it differ."""
+        padded = [
+            F.pad(w.unflatten(0, (4, -1)), (*[0, 0] * (w.dim() - 1), 0, 1)).flatten(0, 1) for w in weights[:-1]
+        ]
+        hx = (state[0], F.pad(state[1], (0, 1)))
+        y, h, c = torch.lstm(x, hx, [*padded, F.pad(weights[-1], (0, 1))], self.bias, 1, 0.0, False, False, True)
+        return (y.flip(1) if backward else y), (h, c[..., :-1])
 
     def _initial(self, x: Tensor, at: int, hx: Any) -> tuple[Tensor, ...]:
         if hx is not None:

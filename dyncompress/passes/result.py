@@ -9,8 +9,6 @@ from torch import fx
 
 from .copying import deep_copy
 
-from .copying import deep_copy
-
 
 @dataclass(frozen=True)
 class PassResult:

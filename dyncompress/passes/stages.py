@@ -1,8 +1,8 @@
 """Stages: a graph with exits cut into consecutive pieces, each run only on the samples that are still undecided.
 
-What a stage hands to the next is what lives across the cut (see `blocks`). Batch sizes, devices and what only they and
-parameters make are made again in each stage from its own first per-sample input. The pieces hold no tensors: they reach the
-modules and parameters of the whole graph through their child `trunk`, so that whatever happens to those shows at once.
+What a stage hands to the next is what lives across the cut (see `blocks`). Batch sizes, devices and what only they
+and parameters make are made again in each stage from its own first per-sample input. The pieces hold no tensors: they
+reach the modules and parameters of the whole graph through their child `trunk`, so that nothing in them goes stale.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,9 +26,10 @@ aten = torch.ops.aten
 class Stage:
     """One piece of a graph with exits.
 
-    `body` takes the values named `inputs` (the `outputs` of the stage before; the first: the flat inputs of the model) and
-    returns the tuple of those named `outputs`. `per_sample[i]` says that dim 0 of `outputs[i]` is the batch. `head` reads the
-    output named `at`; the last stage has none, and `at` are its logits. `macs` and `head_macs` are for one sample.
+    `body` takes the values named `inputs` (the `outputs` of the stage before; the first: the model's flat inputs) and
+    returns the tuple of those named `outputs`. `per_sample[i]` says that dim 0 of `outputs[i]` is the batch. `head`
+    reads the output named `at`; the last stage has none, and `at` is its logits. `macs` and `head_macs` are for one
+    sample.
     """
 
     body: fx.GraphModule
@@ -111,9 +112,7 @@ def _stage(
     )
 
 
-def _stage_graph(
-    flow: Flow, inputs: Iterable[fx.Node], nodes: list[fx.Node], outputs: Iterable[fx.Node]
-) -> fx.Graph:
+def _stage_graph(flow: Flow, inputs: Iterable[fx.Node], nodes: list[fx.Node], outputs: Iterable[fx.Node]) -> fx.Graph:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
@@ -133,9 +132,7 @@ def _stage_graph(
     return graph
 
 
-def _remake(
-    graph: fx.Graph, node: fx.Node, anchor: fx.Node, fetch: Callable[[fx.Node], fx.Node]
-) -> fx.Node:
+def _remake(graph: fx.Graph, node: fx.Node, anchor: fx.Node, fetch: Callable[[fx.Node], fx.Node]) -> fx.Node:
     if node.target not in (aten.sym_size.int, device_of):
         return _copy_node(graph, node, fetch)
     args: tuple[Any, ...] = (anchor,) if node.target is device_of else (anchor, 0)

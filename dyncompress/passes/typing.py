@@ -99,25 +99,13 @@ class Typing:
         return self.params[name]
 
     def size(self, arg: Any, size: int) -> Dim:
-        """The dim that a size argument asks for: a fresh axis for a number, the measured dim for a symbolic size."""
-        if isinstance(arg, fx.Node):
-            found = self._symbolic(arg)
-            if found is not None and resolve(found).size == size:
-                return found
-            return fresh(size, "a size computed at run time")
-        return fresh(size)
+        """The dim that a size argument asks for: the measured dim for a size read from a tensor, else a fresh axis.
 
-    def _symbolic(self, node: fx.Node) -> Dim | None:
-        name = op_name(node)
-        if name == "sym_size":
-            return self.dims[node.args[0]][node.args[1]]  # type: ignore[index]
-        if name == "mul":
-            factors = [
-                self._symbolic(a) if isinstance(a, fx.Node) else fresh(a, "a fixed count")  # type: ignore[arg-type]
-                for a in node.args
-            ]
-            return None if None in factors else Product(tuple(f for f in factors if f is not None))
-        return None
+        (A product of such sizes says nothing about the order of its factors; the data does.)
+        """
+        if isinstance(arg, fx.Node) and op_name(arg) == "sym_size":
+            return self.dims[arg.args[0]][arg.args[1]]  # type: ignore[index]
+        return fresh(size)
 
     def statistic(self, node: fx.Node, dims: Iterable[Dim]) -> None:
         """Notes that `node` averages over `dims`."""
