@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .passes.exits import InsertExits
     from .passes.plan import Plan, plan
     from .passes.shrink import mask, shrink
-    from .runtime.checkpoint import load, save
+    from .runtime.checkpoint import load, read_info, save
     from .runtime.dynamic import DynamicModel, Prediction
     from .runtime.onnx_export import export_onnx
     from .runtime.policy import ExitPolicy
@@ -32,7 +32,7 @@ _HOMES = {
     "compress.evaluate": ("evaluate",),
     "compress.prune": ("prune",),
     "compress.recalibrate": ("recalibrate_batchnorm",),
-    "runtime.checkpoint": ("load", "save"),
+    "runtime.checkpoint": ("load", "read_info", "save"),
     "runtime.dynamic": ("DynamicModel", "Prediction"),
     "runtime.onnx_export": ("export_onnx",),
     "runtime.policy": ("ExitPolicy",),
@@ -60,6 +60,7 @@ __all__ = [
     "mask",
     "plan",
     "prune",
+    "read_info",
     "recalibrate_batchnorm",
     "save",
     "shrink",

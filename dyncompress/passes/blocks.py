@@ -136,11 +136,12 @@ class Flow:
         return batched or any(n in self._from_samples for n in node.all_input_nodes)
 
     def _classify_size(self, node: fx.Node) -> None:
-        """A batch size is read again after a cut; a product with the batch in it cannot be."""
+        """A batch size is read again after a cut; a size that may only contain the batch cannot be."""
         tensor, dim = node.args
         assert isinstance(tensor, fx.Node) and isinstance(dim, int)
         dims = self.types.of(tensor)
-        if not any(leaf in self._batch for leaf in leaves(dims[dim])):
+        unknown = tensor in self._from_samples and not self.types.has_batch(tensor)
+        if not unknown and not any(leaf in self._batch for leaf in leaves(dims[dim])):
             return
         self._from_batch.add(node)
         if self.types.batch_dim(tensor) == dim % len(dims):

@@ -57,7 +57,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> fx.GraphModule:
     args, kwargs = _rebatch(split_inputs(example_inputs))
     with _capture_mode(model):
         program = _export(model, args, kwargs)
-    return lift(program.module(check_guards=False), model, pytree.tree_leaves((args, kwargs)))
+    return lift(program.module(check_guards=False), model)
 
 
 def _rebatch(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -25,8 +25,8 @@ def device_of(x: Tensor) -> torch.device:
     return x.device
 
 
-def lift(gm: fx.GraphModule, model: nn.Module, inputs: list[Any]) -> fx.GraphModule:
-    """The captured `gm` as a GraphModule of standard modules; `inputs` are the flat example inputs of the capture."""
+def lift(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """The captured `gm` of `model` as a GraphModule of standard modules."""
     _inline_subgraphs(gm)
     _drop_assertions(gm.graph)
     tensors = _copied_tensors(gm, model)
@@ -39,6 +39,8 @@ def lift(gm: fx.GraphModule, model: nn.Module, inputs: list[Any]) -> fx.GraphMod
         _concrete_meta(node)
     gm.graph.eliminate_dead_code(_is_impure)
     result = fx.GraphModule(root, gm.graph, class_name=type(model).__name__)
+    for path, module in result.named_modules():  # GraphModule copies tensors without this mark
+        module._non_persistent_buffers_set |= root.get_submodule(path)._non_persistent_buffers_set
     result.meta["inputs"] = _input_specs(result.graph)
     return result.train(model.training)
 

@@ -115,8 +115,9 @@ def _batch_norm(node: fx.Node, original: nn.Module, own: dict[str, int]) -> Buil
     if not isinstance(original, nn.modules.batchnorm._BatchNorm) or not _named(own, **named):
         return None  # a frozen batch norm is no BatchNorm: train() must not wake it
     kind = _BATCH_NORMS[len(a["input"].meta["val"].shape)]
-    affine, track = a["weight"] is not None, a["running_mean"] is not None
-    settings = {"affine": affine, "track_running_stats": track}
+    if (a["weight"] is None) != (a["bias"] is None):
+        return None
+    settings = {"affine": a["weight"] is not None, "track_running_stats": a["running_mean"] is not None}
     return Built(_meta(kind, original.num_features, a["eps"], original.momentum, **settings), (a["input"],))
 
 

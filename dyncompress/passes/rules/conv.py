@@ -37,6 +37,7 @@ def conv(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
 @module_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def conv_module(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     module, name = a["module"], a["name"]
+    weight = t.param(f"{name}.weight")
     bias = t.param(f"{name}.bias") if module.bias is not None else ()
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    return _convolve(t, node, t.of(a["input"]), t.param(f"{name}.weight"), bias, module.groups, transposed)
+    return _convolve(t, node, t.of(a["input"]), weight, bias, module.groups, transposed)

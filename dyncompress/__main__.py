@@ -1,0 +1,5 @@
+"""`python -m dyncompress` is `dyncompress`."""
+
+from .cli import main
+
+main()

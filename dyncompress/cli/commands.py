@@ -1,0 +1,186 @@
+"""The commands: their options, and the one function each calls. What needs torch is imported when a command runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from .. import __version__
+from ..errors import RequestError
+from ..runtime.recipe import Convert, Export, Prune, Recipe, Step, read_recipe
+from .app import app, printing
+from .folders import choose_folder
+from .options import DataOptions, FolderOptions, JsonFlag, ModelOptions
+
+app.version = __version__
+
+Model = Annotated[
+    str, Parameter(help="A model file, zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME or package.module:factory.")
+]
+Flat = Parameter(name="*")
+
+_CONVERT, _PRUNE = Convert(), Prune()
+_SOURCE, _DATA, _FOLDER = ModelOptions(), DataOptions(), FolderOptions()
+
+
+@app.command
+def demo(
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    json: JsonFlag = False,
+) -> None:
+    """Makes the reference VGG dynamic on the digits data, measures it against the static one, exports it to ONNX.
+
+    Args:
+        seed: Seed of every random number.
+        device: Such as cpu, cuda or cuda:1; by default a GPU where there is one.
+    """
+    steps: tuple[Step, ...] = (Convert(exits=3), Export())
+    recipe = Recipe(model="zoo:vgg-digits", data="digits", seed=seed, device=device, steps=steps)
+    _run("demo", recipe, folder, json)
+
+
+@app.command
+def convert(
+    model: Model,
+    /,
+    *,
+    step: Annotated[Convert, Flat] = _CONVERT,
+    source: Annotated[ModelOptions, Flat] = _SOURCE,
+    data: Annotated[DataOptions, Flat] = _DATA,
+    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    json: JsonFlag = False,
+) -> None:
+    """Adds early exits to a trained model, so that easy inputs leave early."""
+    _run("convert", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
+
+
+@app.command
+def prune(
+    model: Model,
+    /,
+    *,
+    step: Annotated[Prune, Flat] = _PRUNE,
+    source: Annotated[ModelOptions, Flat] = _SOURCE,
+    data: Annotated[DataOptions, Flat] = _DATA,
+    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    json: JsonFlag = False,
+) -> None:
+    """Removes the least important channels, heads and hidden units: the model gets physically smaller."""
+    _run("prune", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
+
+
+@app.command
+def run(
+    recipe: Path,
+    /,
+    *,
+    set: tuple[str, ...] = (),
+    allow_pickle: bool = False,
+    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    json: JsonFlag = False,
+) -> None:
+    """Runs the steps of a recipe file.
+
+    Args:
+        recipe: A YAML file; every run folder holds the one that made it.
+        set: KEY=VALUE instead of what the file says, such as seed=1 or convert.epochs=2; may be given again.
+        allow_pickle: Unpickle a file that holds a whole module; that runs code from the file.
+    """
+    _run("run", read_recipe(recipe, set), folder, json, allow_pickle)
+
+
+@app.command
+def inspect(
+    model: Model,
+    /,
+    *,
+    source: Annotated[ModelOptions, Flat] = _SOURCE,
+    data: str | None = None,
+    json: JsonFlag = False,
+) -> None:
+    """Shows a model's axes and why some are frozen, its blocks and cut points, its costs.
+
+    Args:
+        data: Labelled data whose samples tell the input shape, where nothing else does.
+    """
+    from .inspecting import inspect_model
+
+    with printing(json) as printer:
+        recipe = _recipe(model, (), source, DataOptions(data=data, device="cpu"))
+        printer.result(inspect_model(recipe, printer.console, allow_pickle=source.allow_pickle))
+
+
+@app.command
+def bench(
+    *models: Model,
+    source: Annotated[ModelOptions, Flat] = _SOURCE,
+    data: Annotated[DataOptions, Flat] = _DATA,
+    json: JsonFlag = False,
+) -> None:
+    """Measures models side by side: accuracy, MACs, parameters, size and wall clock at batch 1 and 256."""
+    from .benching import bench_models
+
+    if not models:
+        raise RequestError("bench needs at least one MODEL")
+    recipes = [_recipe(model, (), source, data) for model in models]
+    with printing(json) as printer:
+        printer.result(bench_models(recipes, printer.console, allow_pickle=source.allow_pickle))
+
+
+@app.command
+def export(
+    model: Model,
+    onnx: Path,
+    /,
+    *,
+    source: Annotated[ModelOptions, Flat] = _SOURCE,
+    data: str | None = None,
+    overwrite: bool = False,
+    json: JsonFlag = False,
+) -> None:
+    """Writes a model as one ONNX file and checks it in onnxruntime against PyTorch.
+
+    Args:
+        onnx: The file to write.
+        data: Labelled data whose samples tell the input shape, where nothing else does.
+        overwrite: Replace the file.
+    """
+    from .exporting import export_model
+
+    with printing(json) as printer:
+        recipe = _recipe(model, (), source, DataOptions(data=data, device="cpu"))
+        printer.result(
+            export_model(recipe, onnx, printer.console, overwrite=overwrite, allow_pickle=source.allow_pickle)
+        )
+
+
+def _recipe(model: str, steps: tuple[Step, ...], source: ModelOptions, data: DataOptions) -> Recipe:
+    return Recipe(
+        model=model,
+        steps=steps,
+        data=data.data,
+        arch=source.arch,
+        input_shape=source.shape,
+        seed=data.seed,
+        device=data.device,
+    )
+
+
+def _run(command: str, recipe: Recipe, options: FolderOptions, as_json: bool, allow_pickle: bool = False) -> None:
+    from . import results
+    from .job import run_recipe
+    from .models import short_name
+
+    folder = choose_folder(
+        command, short_name(recipe.model), options.out, resume=options.resume, overwrite=options.overwrite
+    )
+    with printing(as_json) as printer:
+        report = run_recipe(
+            recipe, folder, resume=options.resume, allow_pickle=allow_pickle, status=Console(stderr=True)
+        )
+        results.show(report, printer.console)
+        printer.result(report)

@@ -1,0 +1,106 @@
+"""A run: take the steps of a recipe one by one, measure every model that came out, write the report.
+
+A finished step's model waits in the run folder, so that an interrupted run goes on where it stopped.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from ..errors import DynCompressError
+from ..runtime import checkpoint
+from ..runtime.dynamic import DynamicModel
+from ..runtime.recipe import Export, Recipe
+from . import folders, results
+from .exporting import write_onnx
+from .measure import measure
+from .steps import check_data, check_order, result_name, take
+from .subject import Subject, load_splits, prepare
+
+Models = dict[str, nn.Module]
+
+
+def run_recipe(
+    recipe: Recipe, folder: Path, *, resume: bool = False, allow_pickle: bool = False, status: Console | None = None
+) -> dict[str, Any]:
+    """Runs a recipe in a folder and returns the report that it leaves there as report.json.
+
+    Args:
+        resume: go on with the run in `folder`, if there is one.
+        allow_pickle: whether the model may be unpickled, which runs code from its file.
+        status: where progress is told; None = nowhere.
+
+    Raises:
+        RequestError: anything in the request that is wrong. DynCompressError: a step failed.
+        Interrupted: Ctrl-C; the folder holds what is needed to resume.
+    """
+    if resume and (folder / folders.REPORT).exists():
+        folders.begin(folder, str(recipe), resume=True)
+        return json.loads((folder / folders.REPORT).read_text(encoding="utf-8"))
+    status = status or Console(quiet=True)
+    check_data(recipe.steps, recipe.data)
+    status.print(f"loading {recipe.model}" + (f" and {recipe.data}" if recipe.data else ""), markup=False)
+    subject = prepare(recipe, load_splits(recipe), allow_pickle=allow_pickle)
+    check_order(recipe.steps, subject.module)
+    if not subject.trained:
+        status.print(f"note: {recipe.model} has random weights", markup=False)
+    folders.begin(folder, str(recipe), resume=resume)
+    with _explained(folder):
+        models, onnx = _take_steps(recipe, subject, folder, status)
+        status.print("measuring accuracy and wall clock")
+        entries = measure(models, subject.example_inputs, subject.data, subject.device)
+        return results.write(recipe, folder, models, entries, subject, onnx)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise folders.Interrupted(folder) from None
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise DynCompressError(f"out of memory ({reason}): give a smaller batch_size or another device") from error
+
+
+def _take_steps(recipe: Recipe, subject: Subject, folder: Path, status: Console) -> tuple[Models, Path | None]:
+    """Every model to compare, by its name in the report, and the ONNX file."""
+    current, onnx = subject.module, None
+    models: Models = {"dynamic" if isinstance(current, DynamicModel) else "static": current}
+    for number, step in enumerate(recipe.steps, 1):
+        status.print(f"step {number} of {len(recipe.steps)}: {step.name}")
+        if isinstance(step, Export):
+            onnx = folder / step.onnx
+            write_onnx(current, subject.example_inputs, onnx, overwrite=True)
+            continue
+        work = folder / folders.STEPS / f"{number}-{step.name}"
+        saved = work.with_suffix(".safetensors")
+        if saved.exists():
+            current = checkpoint.load(saved).to(subject.device)
+        else:
+            work.mkdir(parents=True, exist_ok=True)
+            progress = not status.quiet and sys.stderr.isatty()
+            current = take(
+                step,
+                current,
+                subject.example_inputs,
+                subject.data,
+                seed=recipe.seed,
+                work=work,
+                progress=progress,
+            )
+            checkpoint.save(current, saved)
+        models[_free_name(result_name(step), models)] = current
+    return models, onnx
+
+
+def _free_name(name: str, models: Models) -> str:
+    taken = sum(other == name or other.startswith(f"{name}-") for other in models)
+    return f"{name}-{taken + 1}" if taken else name

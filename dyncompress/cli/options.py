@@ -1,0 +1,60 @@
+"""Options that several commands share; every field is one option of the command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ..errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How to load MODEL."""
+
+    arch: str | None = None
+    """Architecture of a state dict: zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME or package.module:factory."""
+    allow_pickle: bool = False
+    """Unpickle a file that holds a whole module; that runs code from the file."""
+    input_shape: Annotated[str | None, Parameter(show_default=False)] = None
+    """Shape of one input without the batch, such as 3,224,224; only needed where nothing else tells."""
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The input shape as numbers. Raises RequestError for anything else."""
+        if self.input_shape is None:
+            return None
+        sizes = self.input_shape.split(",")
+        if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+            raise RequestError(f"--input-shape {self.input_shape}: give positive sizes, such as 3,224,224")
+        return tuple(map(int, sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What a model is trained and judged on, and where."""
+
+    data: str | None = None
+    """Labelled data: digits, npz:FILE, imagefolder:DIR, hf:NAME_OR_DIR or package.module:factory."""
+    seed: int = 0
+    """Seed of every random number."""
+    device: str | None = None
+    """Such as cpu, cuda or cuda:1; by default a GPU where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """Where the result goes."""
+
+    out: Path | None = None
+    """Run folder; by default a fresh one, runs/COMMAND-MODEL-N."""
+    resume: bool = False
+    """Continue the interrupted run in the folder (by default the last of its kind), or start one."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+
+
+JsonFlag = Annotated[
+    bool, Parameter(name="--json", help="Print one JSON object on standard output and nothing else there.")
+]

@@ -1,0 +1,108 @@
+"""What a run leaves behind: the model, report.json, table.txt and the pictures."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import fx, nn
+
+from ..passes.capture import capture
+from ..runtime import checkpoint
+from ..runtime.dynamic import DynamicModel
+from ..runtime.recipe import Recipe
+from . import folders, plots, tables
+from .subject import Subject
+from .tradeoff import tradeoff
+
+TABLE = "table.txt"
+_TABLE_WIDTH = 120
+
+
+def write(
+    recipe: Recipe,
+    folder: Path,
+    models: Mapping[str, nn.Module],
+    entries: Mapping[str, dict[str, Any]],
+    subject: Subject,
+    onnx: Path | None,
+) -> dict[str, Any]:
+    """Writes everything into the folder, removes what only resuming needed, and returns the report."""
+    name, result = list(models.items())[-1]
+    path = _save(recipe, folder, result, entries[name]) if len(models) > 1 else None
+    report: dict[str, Any] = {
+        "model": str(path or recipe.model),
+        "onnx": str(onnx) if onnx else None,
+        "run_dir": str(folder),
+        "data": recipe.data,
+        "device": str(subject.device),
+        **entries,
+    }
+    if "pruned" in models:
+        report["layers"] = _layers(models["static"], models["pruned"], subject.example_inputs)
+    if "static" in entries and isinstance(result, DynamicModel) and subject.data is not None:
+        report["curve"] = tradeoff(result, subject.data, subject.device)
+        _draw(folder, report, name)
+    with (folder / TABLE).open("w", encoding="utf-8") as file:
+        show(report, Console(file=file, width=_TABLE_WIDTH))
+    (folder / folders.REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / folders.STEPS, ignore_errors=True)
+    return report
+
+
+def _save(recipe: Recipe, folder: Path, model: nn.Module, entry: dict[str, Any]) -> Path:
+    """The result with what was measured of it, and the recipe, in its file."""
+    path = folder / ("model.dyn.safetensors" if isinstance(model, DynamicModel) else "model.safetensors")
+    gm = model.trunk if isinstance(model, DynamicModel) else model
+    assert isinstance(gm, fx.GraphModule)
+    info = {**gm.meta.get("info", {}), "recipe": str(recipe), "measured": entry}
+    checkpoint.save(model, path, info=info, overwrite=True)
+    return path
+
+
+def _layers(before: nn.Module, after: nn.Module, example_inputs: Any) -> list[dict[str, Any]]:
+    """The shape of every weight before and after."""
+    gm = capture(before, example_inputs)
+    new = dict(after.named_parameters())
+    return [
+        {"name": name, "before": list(old.shape), "after": list(new[name].shape)}
+        for name, old in gm.named_parameters()
+        if name in new and old.dim() > 1
+    ]
+
+
+def _draw(folder: Path, report: dict[str, Any], name: str) -> None:
+    static, dynamic = report["static"], report[name]
+    plots.plot_curve(
+        folder / "curve.png",
+        [(point["mean_macs"], point["accuracy"]) for point in report["curve"]],
+        (static["macs"], static["accuracy"]),
+        (dynamic["mean_macs"], dynamic["accuracy"]),
+    )
+    plots.plot_exits(folder / "exits.png", dynamic["exits"])
+
+
+def entries_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The compared models of a report, by name."""
+    return {name: value for name, value in report.items() if isinstance(value, dict) and "latency_ms" in value}
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """Prints a report as tables."""
+    entries = entries_of(report)
+    if "layers" in report:
+        cells = [(w["name"], _shape(w["before"]), _shape(w["after"])) for w in report["layers"]]
+        console.print(tables.rows("Weights", ("weight", "before", "after"), cells))
+    for name, entry in entries.items():
+        if "exits" in entry:
+            console.print(tables.exits(entry["exits"], name))
+    console.print(tables.comparison(entries, f"on {report['data'] or 'no data'}, {report['device']}"))
+    console.print(f"model: {report['model']}", soft_wrap=True, markup=False, highlight=False)
+    if report["onnx"]:
+        console.print(f"onnx: {report['onnx']}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _shape(sizes: list[int]) -> str:
+    return " x ".join(map(str, sizes))

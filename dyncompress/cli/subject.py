@@ -1,0 +1,90 @@
+"""What a command works on: a model and data, loaded, checked against each other and put on a device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from ..compress.batches import call, to_device
+from ..compress.evaluate import logits_of
+from ..errors import RequestError
+from ..model_zoo.data import Splits, load_data
+from ..runtime.recipe import Recipe
+from .models import load_model
+
+_EXAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in eval mode, one call's inputs and the data, on `device`. name: for tables and folders.
+
+    trained: False for weights that are random by construction.
+    """
+
+    module: nn.Module
+    example_inputs: Any
+    data: Splits | None
+    device: torch.device
+    name: str
+    trained: bool
+
+
+def load_splits(recipe: Recipe) -> Splits | None:
+    """The data of a recipe, if it names any. Raises RequestError for every mistake in it."""
+    return load_data(recipe.data, recipe.seed) if recipe.data is not None else None
+
+
+def prepare(recipe: Recipe, data: Splits | None, *, allow_pickle: bool = False) -> Subject:
+    """Loads the model of a recipe and checks that it fits the data.
+
+    Raises RequestError for every mistake in the request.
+    """
+    device = pick_device(recipe.device)
+    torch.manual_seed(recipe.seed)
+    samples = first_samples(data) if data is not None else None
+    loaded = load_model(
+        recipe.model,
+        arch=recipe.arch,
+        allow_pickle=allow_pickle,
+        input_shape=recipe.input_shape,
+        samples=samples,
+    )
+    if data is not None:
+        _check_fit(recipe.model, loaded.module, data, samples)
+    inputs = to_device(loaded.example_inputs, device)
+    return Subject(loaded.module.to(device), inputs, data, device, loaded.name, loaded.trained)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of this name; without one, a GPU where there is one. Raises RequestError when it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RequestError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
+def first_samples(data: Splits) -> Any:
+    """The inputs of the first training samples, as one batch."""
+    return default_collate([data.train[index][0] for index in range(_EXAMPLES)])
+
+
+def _check_fit(spec: str, module: nn.Module, data: Splits, samples: Any) -> None:
+    shape = "x".join(map(str, samples.shape[1:])) if isinstance(samples, Tensor) else "several inputs"
+    try:
+        with torch.no_grad():
+            output = call(module, samples)
+    except Exception as error:  # a model may fail in any way on inputs it was not made for
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RequestError(f"{spec} does not take the samples of {data.name} ({shape}): {reason}") from error
+    logits = logits_of(output)
+    if logits.dim() != 2 or logits.shape[1] < data.classes:
+        raise RequestError(
+            f"{spec} puts out {'x'.join(map(str, logits.shape[1:]))} numbers per sample, but {data.name} has "
+            f"{data.classes} classes"
+        )

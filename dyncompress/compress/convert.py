@@ -1,0 +1,259 @@
+"""convert: a trained static network becomes one that answers easy samples early.
+
+1. capture, and insert the exits;
+2. train everything together by self-distillation, the trained trunk more gently than the new heads;
+3. calibrate: one temperature per exit;
+4. choose the thresholds: the cheapest that keep the static model's accuracy, or the most accurate within a budget.
+
+Steps 3 and 4 see the calibration set only.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.data import default_collate
+
+from ..errors import RequestError
+from ..passes.capture import Inputs, capture
+from ..passes.exits import InsertExits
+from ..passes.stages import split_stages
+from ..runtime.dynamic import DynamicModel
+from ..runtime.policy import RULES, ExitPolicy
+from .batches import LabelledData, device_of_model, size_of, split_off, to_device, unpack
+from .calibrate import calibrate_exits
+from .distill import UNLABELLED, SelfDistillation
+from .evaluate import collect_logits
+from .thresholds import OperatingPoint, ThresholdSearch
+from .trainer import Epoch, fit, training_device
+
+_CALIBRATION_SHARE = 0.15  # of a data set that comes without splits
+
+
+@runtime_checkable
+class HasSplits(Protocol):
+    """Data that comes divided: `train` fits the weights, `calibration` the temperatures and thresholds."""
+
+    @property
+    def train(self) -> LabelledData: ...
+
+    @property
+    def calibration(self) -> LabelledData: ...
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    exits: int | Sequence[str] = 3,
+    *,
+    data: HasSplits | LabelledData | None = None,
+    epochs: int = 5,
+    lr: float = 2e-3,
+    trunk_lr: float = 0.1,
+    batch_size: int = 128,
+    freeze_trunk: bool = False,
+    rule: str = "max-softmax",
+    max_loss: float = 0.005,
+    macs: float | None = None,
+    seed: int = 0,
+    mixed_precision: str | None = None,
+    device: torch.device | str | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> DynamicModel:
+    """A dynamic copy of `model`: early exits, trained and calibrated, with thresholds; in eval mode, on its device.
+
+    What was measured on the calibration set is in `result.trunk.meta["info"]["convert"]`: losses by epoch,
+    temperatures, ECE before and after, the chosen point and the curve of accuracy over MACs.
+
+    Args:
+        model: any model `capture` takes that puts out (batch, classes) logits.
+        example_inputs: one call's inputs, batch first; None = taken from the data.
+        exits: how many early exits, or the names of the graph nodes they follow.
+        data: an object with `train` and `calibration` sets, or one map-style Dataset of (inputs, int label) from which
+            15 % is set aside for calibration; label -1 = unlabelled, for training only. None = the exits stay
+            untrained and off.
+        lr: peak learning rate of the heads; trunk_lr: that of the trained layers, as a share of it.
+        freeze_trunk: train the heads only; the final exit stays exactly the static model.
+        rule: "max-softmax" or "entropy" (`runtime.policy`).
+        max_loss: accuracy (0..1) that may be lost against the static model on the calibration set.
+        macs: instead, a budget: mean MACs as a share of the static model's.
+        mixed_precision, device, run_dir, resume, progress: see `trainer.fit`.
+
+    Raises:
+        RequestError: wrong arguments or data, no place for the exits, or thresholds that do what is asked do not exist.
+        DynCompressError: the training failed.
+    """
+    _check(rule, max_loss, macs, trunk_lr)
+    splits = _divided(data, seed) if data is not None else None
+    if example_inputs is None:
+        if splits is None:
+            raise RequestError("give example_inputs, or data to take them from")
+        example_inputs = _example(splits[0], device_of_model(model))
+    dynamic = DynamicModel(_with_exits(model, example_inputs, exits, seed)).eval()
+    if splits is None:
+        warnings.warn(
+            "convert without data: the exits are untrained, so all of them are off and every sample runs to the end; "
+            "give data=... to train them",
+            stacklevel=2,
+        )
+        return dynamic
+    train, calibration = splits
+    device = torch.device(device) if device is not None else training_device()
+    before = collect_logits(dynamic, calibration, device=device)
+    history = train_exits(
+        dynamic,
+        train,
+        epochs=epochs,
+        lr=lr,
+        trunk_lr=0.0 if freeze_trunk else trunk_lr,
+        batch_size=batch_size,
+        seed=seed,
+        mixed_precision=mixed_precision,
+        device=device,
+        run_dir=run_dir,
+        resume=resume,
+        progress=progress,
+    )
+    report = choose_policy(
+        dynamic,
+        calibration,
+        rule=rule,
+        max_loss=max_loss,
+        macs=macs,
+        static_accuracy=_accuracy(before[0][-1], before[1]),
+        device=device,
+    )
+    _note(dynamic, {"history": [asdict(epoch) for epoch in history], **report})
+    return dynamic
+
+
+def train_exits(
+    dynamic: DynamicModel, train: LabelledData, *, lr: float, trunk_lr: float, **options: Any
+) -> list[Epoch]:
+    """Trains all exits in place by self-distillation; `options` are those of `trainer.fit`.
+
+    Args:
+        lr: peak learning rate of the heads. trunk_lr: of the rest, as a share of it; 0 = frozen, in eval mode.
+    """
+    trunk = dynamic.trunk
+    heads = [p for name, p in trunk.named_parameters() if name.startswith("exits.")]
+    rest = [p for name, p in trunk.named_parameters() if not name.startswith("exits.") and p.requires_grad]
+    if trunk_lr > 0:
+        groups = [{"params": heads}, {"params": rest, "lr": trunk_lr * lr}]
+        return fit(trunk, SelfDistillation(), train, lr=lr, parameters=groups, **options)
+    fixed = [module for name, module in trunk.named_children() if name != "exits"]
+    for parameter in rest:
+        parameter.requires_grad = False
+    try:
+        return fit(trunk, SelfDistillation(), train, lr=lr, parameters=heads, keep_eval=fixed, **options)
+    finally:
+        for parameter in rest:
+            parameter.requires_grad = True
+
+
+def choose_policy(
+    dynamic: DynamicModel,
+    calibration: LabelledData,
+    *,
+    rule: str = "max-softmax",
+    max_loss: float = 0.005,
+    macs: float | None = None,
+    static_accuracy: float | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Calibrates the exits and sets `dynamic.policy`; needs no training, so another budget is one call away.
+
+    Args:
+        calibration: labelled samples that the weights have not been trained on.
+        static_accuracy: what `max_loss` counts from; None = the final exit's on the calibration set.
+        rule, max_loss, macs: see `convert`.
+
+    Returns:
+        What was measured, as plain numbers and lists: static, final and chosen accuracy and MACs, the exits, the curve.
+
+    Raises:
+        RequestError: no labelled samples, or thresholds that do what is asked do not exist.
+    """
+    _check(rule, max_loss, macs)
+    logits, labels = collect_logits(dynamic, calibration, device=device)
+    known = labels != UNLABELLED
+    logits, labels = tuple(z[known] for z in logits), labels[known]
+    final_accuracy = _accuracy(logits[-1], labels)
+    static_accuracy = final_accuracy if static_accuracy is None else static_accuracy
+    calibrations = calibrate_exits(logits, labels)
+    temperatures = tuple(c.temperature for c in calibrations[:-1])
+    stages = split_stages(dynamic.trunk)
+    search = ThresholdSearch(
+        [z / t for z, t in zip(logits, (*temperatures, 1.0), strict=True)],
+        labels,
+        [stage.macs for stage in stages],
+        [stage.head_macs for stage in stages[:-1]],
+        rule,
+    )
+    static_macs = dynamic.static_macs
+    point = search.for_accuracy(static_accuracy - max_loss) if macs is None else search.for_macs(macs * static_macs)
+    dynamic.policy = ExitPolicy(rule, point.thresholds, temperatures)
+    return {
+        "samples": len(labels),
+        "static": {"accuracy": static_accuracy, "macs": static_macs},
+        "final": {"accuracy": final_accuracy},
+        "dynamic": {"accuracy": point.accuracy, "mean_macs": point.mean_macs},
+        "exits": [
+            {"at": at, "accuracy_of_all": _accuracy(z, labels), "share": share, **asdict(c)}
+            for at, z, share, c in zip([*dynamic.exits, "output"], logits, point.shares, calibrations, strict=True)
+        ],
+        "policy": dynamic.policy.to_dict(),
+        "curve": [_brief(p) for p in search.curve()],
+    }
+
+
+def _brief(point: OperatingPoint) -> dict[str, float]:
+    return {"mean_macs": point.mean_macs, "accuracy": point.accuracy}
+
+
+def _check(rule: str, max_loss: float, macs: float | None, trunk_lr: float = 0.0) -> None:
+    if rule not in RULES:
+        raise RequestError(f"unknown exit rule {rule!r}; the rules are: {', '.join(RULES)}")
+    if not 0 <= max_loss < 1:
+        raise RequestError(f"max_loss is {max_loss}: give the accuracy that may be lost, e.g. 0.005 for half a point")
+    if macs is not None and not 0 < macs <= 1:
+        raise RequestError(f"macs is {macs}: give a share of the static model's MACs, e.g. 0.5")
+    if trunk_lr < 0:
+        raise RequestError(f"trunk_lr is {trunk_lr}: give the trunk's learning rate as a share of lr, e.g. 0.1")
+
+
+def _divided(data: HasSplits | LabelledData, seed: int) -> tuple[LabelledData, LabelledData]:
+    if isinstance(data, HasSplits):
+        size_of(data.calibration, "calibration")
+        return data.train, data.calibration
+    return split_off(data, _CALIBRATION_SHARE, seed)
+
+
+def _example(train: LabelledData, device: torch.device) -> Inputs:
+    size_of(train, "training")
+    inputs, _ = unpack(default_collate([train[0]]))
+    return to_device(inputs, device)
+
+
+def _with_exits(model: nn.Module, example: Inputs, exits: int | Sequence[str], seed: int) -> fx.GraphModule:
+    """The captured model with exits, whose weights depend on the seed alone."""
+    places = exits if isinstance(exits, int) else tuple(exits)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return InsertExits(places)(capture(model, example)).gm
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    known = labels != UNLABELLED
+    return float((logits.argmax(-1) == labels)[known].double().mean())
+
+
+def _note(dynamic: DynamicModel, report: dict[str, Any]) -> None:
+    """Into the graph's info, which checkpoints carry."""
+    dynamic.trunk.meta["info"] = {**dynamic.trunk.meta.get("info", {}), "convert": report}

@@ -1,0 +1,297 @@
+"""One training loop for every method: accelerate for devices, precision and processes; interrupted runs resume exactly.
+
+The random numbers and the data order of an epoch are functions of (seed, epoch, process) alone. So the state at the end
+of an epoch is the weights, the optimiser, the loss's own state and the epoch's number, and an interrupted run continues
+as if nothing had happened.
+"""
+
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from ..errors import DynCompressError, RequestError
+from .batches import LabelledData, call, placed, size_of, to_device, unpack
+from .run_store import RunStore, Settings
+
+_WARM_UP = 0.1  # of all steps
+_CLIP_NORM = 5.0
+
+LossFunction = Callable[[Any, Tensor], Tensor]  # (the model's output, labels (B,)) -> scalar
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A loss function with a schedule of its own, saved and resumed with the run."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch did: its number from 1, the mean loss over its batches, its last learning rate, wall seconds."""
+
+    epoch: int
+    loss: float
+    lr: float
+    seconds: float
+
+
+def fit(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    dataset: LabelledData,
+    *,
+    epochs: int,
+    lr: float = 1e-3,
+    batch_size: int = 128,
+    seed: int = 0,
+    parameters: Iterable[Any] | None = None,
+    keep_eval: Iterable[nn.Module] = (),
+    after_step: Callable[[int], None] | None = None,
+    mixed_precision: str | None = None,
+    device: torch.device | str | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> list[Epoch]:
+    """Trains `model` in place with AdamW, a linear warm-up over a tenth of the steps and a cosine to zero.
+
+    Gradients are clipped to norm 5. The model returns to the device and the modes it came with. Batches are whole: the
+    samples left over differ from epoch to epoch. Under `accelerate launch` every process takes its own batches.
+
+    Args:
+        loss_fn: (the model's output, labels (B,) int64) -> scalar; a `Stateful` one is saved with the run.
+        dataset: map-style, of (inputs, int label); inputs a tensor, a tuple of arguments or a dict of keywords.
+        lr: the peak learning rate. batch_size: per process.
+        parameters: what to train: parameters or optimiser groups, which may set their own "lr"; None = all that
+            require gradients.
+        keep_eval: modules that stay in eval mode, such as a frozen trunk with its BatchNorm and dropout.
+        after_step: called after every optimiser step with its number from 0.
+        mixed_precision: "no", "fp16" or "bf16"; None = what accelerate is configured to.
+        device: None = what accelerate chooses.
+        run_dir: where the state is saved after every epoch, in `training.pt`.
+        resume: continue the run in run_dir, if there is one; the weights come out exactly as if never interrupted.
+        progress: a progress bar on standard error.
+
+    Raises:
+        RequestError: wrong arguments, no data, a run_dir that holds a run but no `resume`, or another run's.
+        DynCompressError: the loss is no longer finite.
+        KeyboardInterrupt: interrupted; the message says where the run can be continued from.
+    """
+    for name, value in {"epochs": epochs, "batch_size": batch_size, "lr": lr}.items():
+        if not value > 0:
+            raise RequestError(f"{name} is {value}: give a positive number")
+    if seed < 0:
+        raise RequestError(f"seed is {seed}: give a number that is not negative")
+    accelerator = _accelerator(mixed_precision)
+    samples = size_of(dataset, "training")
+    batch_size = max(1, min(batch_size, samples // accelerator.num_processes))
+    settings = Settings(epochs, lr, batch_size, seed, samples, accelerator.num_processes)
+    groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    store = RunStore(Path(run_dir) if run_dir is not None else None, settings, resume)
+    run = _Run(model, loss_fn, dataset, settings, accelerator, torch.device(device or accelerator.device))
+    with placed(model, run.device), _own_random_numbers(run.device), run.prepared(groups):
+        return run.train(store, list(keep_eval), after_step, progress and accelerator.is_local_main_process)
+
+
+class _Run:
+    """A model, its optimiser and its data, prepared for this process."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        dataset: LabelledData,
+        settings: Settings,
+        accelerator: Accelerator,
+        device: torch.device,
+    ) -> None:
+        self.model, self.loss_fn, self.settings = model, loss_fn, settings
+        self.accelerator, self.device = accelerator, device
+        self.batches = _Shuffled(settings, accelerator.process_index)
+        self.loader = DataLoader(dataset, batch_sampler=self.batches)
+        self.steps = settings.epochs * len(self.batches)
+
+    @contextmanager
+    def prepared(self, groups: list[Any]) -> Iterator[None]:
+        """A fresh optimiser, and the model wrapped for precision and processes until the end."""
+        if not groups:
+            raise RequestError("there is nothing to train: no parameter requires gradients")
+        optimizer = torch.optim.AdamW(groups, lr=self.settings.lr)
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.wrapped = self.accelerator.prepare_model(_Shell(self.model), device_placement=False)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
+        try:
+            yield
+        finally:
+            self.accelerator.free_memory()
+
+    def train(
+        self,
+        store: RunStore,
+        keep_eval: list[nn.Module],
+        after_step: Callable[[int], None] | None,
+        progress: bool,
+    ) -> list[Epoch]:
+        """All epochs that are not done yet; the history of all."""
+        history = self._restored(store)
+        done = len(history)
+        bar = tqdm(
+            total=self.steps, initial=done * len(self.batches), unit="step", file=sys.stderr, disable=not progress
+        )
+        self.model.train()
+        for module in keep_eval:
+            module.eval()
+        try:
+            with bar:
+                for epoch in range(done, self.settings.epochs):
+                    bar.set_description(f"epoch {epoch + 1}/{self.settings.epochs}")
+                    history.append(self._epoch(epoch, after_step, bar))
+                    self.accelerator.wait_for_everyone()
+                    if self.accelerator.is_main_process:
+                        store.save(self._state(history))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(store.interrupted(len(history))) from None
+        return history
+
+    def _epoch(self, epoch: int, after_step: Callable[[int], None] | None, bar: "tqdm[Any]") -> Epoch:
+        began, total = time.perf_counter(), 0.0
+        self.batches.epoch = epoch
+        set_seed(_seed_of(self.settings.seed, epoch, 1 + self.accelerator.process_index))
+        for step, batch in enumerate(self.loader, start=epoch * len(self.batches)):
+            loss = self._step(step, batch)
+            total += loss
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if after_step is not None:
+                after_step(step)
+        mean = torch.tensor(total / len(self.batches), device=self.accelerator.device)
+        mean = self.accelerator.reduce(mean, "mean")
+        return Epoch(epoch + 1, float(mean), self.optimizer.param_groups[0]["lr"], time.perf_counter() - began)
+
+    def _step(self, step: int, batch: Any) -> float:
+        inputs, labels = unpack(batch)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * _schedule(step, self.steps)
+        output = call(self.wrapped, to_device(inputs, self.device))
+        loss = self.loss_fn(output, labels.to(self.device))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise DynCompressError(
+                f"the loss became {value} at step {step} of {self.steps}: try a learning rate below "
+                f'{self.settings.lr:g}, mixed_precision="no", or look for bad values in the data'
+            )
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.accelerator.clip_grad_norm_(trained, _CLIP_NORM)
+        self.optimizer.step()
+        return value
+
+    # --- what a checkpoint holds ------------------------------------------------------------------------------------
+
+    def _state(self, history: list[Epoch]) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "loss": self.loss_fn.state_dict() if isinstance(self.loss_fn, Stateful) else {},
+            "history": [asdict(epoch) for epoch in history],
+        }
+
+    def _restored(self, store: RunStore) -> list[Epoch]:
+        state = store.saved
+        if state is None:
+            return []
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise RequestError(f"the run in {store.folder} is one of another model: use another run_dir") from error
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if isinstance(self.loss_fn, Stateful):
+            self.loss_fn.load_state_dict(state["loss"])
+        return [Epoch(**record) for record in state["history"]]
+
+
+class _Shell(nn.Module):
+    """Takes the patches that accelerate makes to a module's forward, so that the user's model stays as it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class _Shuffled(Sampler[list[int]]):
+    """Batches of indices in an order that depends on seed and epoch alone; every process takes its own."""
+
+    def __init__(self, settings: Settings, process: int) -> None:
+        self.settings, self.process, self.epoch = settings, process, 0
+
+    def __len__(self) -> int:
+        return self.settings.samples // (self.settings.batch_size * self.settings.processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(_seed_of(self.settings.seed, self.epoch, 0))
+        order = torch.randperm(self.settings.samples, generator=generator)
+        shape = (len(self), self.settings.processes, self.settings.batch_size)
+        yield from order[: math.prod(shape)].view(shape)[:, self.process].tolist()
+
+
+def training_device() -> torch.device:
+    """The device that accelerate chooses on this machine, or for this process."""
+    return PartialState().device
+
+
+def _accelerator(mixed_precision: str | None) -> Accelerator:
+    try:
+        return Accelerator(mixed_precision=mixed_precision)
+    except ValueError as error:
+        raise RequestError(f"mixed_precision={mixed_precision!r} cannot be used here: {error}") from error
+
+
+def _schedule(step: int, steps: int) -> float:
+    """The share of the peak learning rate: a linear warm-up, then half a cosine."""
+    warm = max(1, round(_WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _seed_of(*parts: int) -> int:
+    """One 32-bit seed out of several numbers; different numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leaves the global random number generators as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,199 @@
+"""The dynamic model: a graph with exits that answers each sample at the first exit that is sure of it."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import RequestError
+from ..passes.cost import count_macs
+from ..passes.stages import Stage, split_stages, without_exits
+from .inputs import batch_size, flat_inputs
+from .policy import ExitPolicy
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Per sample, in input order: logits (N, C), the exit that gave them (N,) int64 (the end is K), MACs (N,) int64."""
+
+    logits: Tensor
+    exit_index: Tensor
+    macs: Tensor
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """What is derived from one trunk graph; it holds no tensors of its own."""
+
+    graph: fx.Graph
+    static: fx.GraphModule
+    stages: list[Stage]
+
+
+class DynamicModel(nn.Module):
+    """A network with early exits.
+
+    Called in training mode it returns the tuple of every exit's (N, C) logits, early first, the model's own last; in
+    evaluation mode the model's own logits only, without computing any head. `predict` leaves early.
+
+    Args:
+        gm: a graph that `InsertExits` has run on; it becomes the child `trunk`.
+        policy: decides who leaves where; None: nobody leaves early.
+
+    Raises:
+        RequestError: `gm` has no exits, or the policy another number of them.
+    """
+
+    def __init__(self, gm: fx.GraphModule, policy: ExitPolicy | None = None) -> None:
+        super().__init__()
+        self.trunk = gm
+        self.training = gm.training
+        self._cached: _Pieces | None = None
+        self._pieces()
+        self.policy = policy or ExitPolicy.never(len(self.exits))
+
+    # --- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> ExitPolicy:
+        """Who leaves where; may be set at any time."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: ExitPolicy) -> None:
+        if len(policy.thresholds) != len(self.exits):
+            raise RequestError(
+                f"the policy has {len(policy.thresholds)} thresholds, the model {len(self.exits)} early exits"
+            )
+        self._policy = policy
+
+    def with_policy(self, policy: ExitPolicy) -> "DynamicModel":
+        """The same model, sharing the trunk, under another policy."""
+        other = copy.copy(self)
+        other._cached = self._cached
+        other.policy = policy
+        return other
+
+    @property
+    def exits(self) -> list[str]:
+        """The graph nodes that the early exits follow."""
+        return list(self.trunk.meta.get("exits", []))
+
+    @property
+    def num_classes(self) -> int:
+        return self.trunk.graph.output_node().args[0][-1].meta["val"].shape[1]  # type: ignore[index, union-attr]
+
+    @property
+    def static_macs(self) -> int:
+        """MACs per sample of the model without exits."""
+        return count_macs(self._pieces().static)
+
+    @property
+    def exit_macs(self) -> list[int]:
+        """MACs per sample that leaves at each exit (the last entry: the end), every head on the way included."""
+        return self._exit_macs([True] * len(self.exits))
+
+    def _exit_macs(self, on: list[bool]) -> list[int]:
+        spent, macs = 0, []
+        for stage, computed in zip(self._pieces().stages, [*on, False], strict=True):
+            spent += stage.macs + computed * stage.head_macs
+            macs.append(spent)
+        return macs
+
+    # --- running it ----------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        """Training: every exit's logits, each (N, C); evaluation: the final logits (N, C)."""
+        if self.training:
+            return self.trunk(*args, **kwargs)
+        return self._pieces().static(*args, **kwargs)
+
+    @torch.no_grad()
+    def all_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Every exit's (N, C) logits, early first, the final ones last; evaluation mode, no gradients."""
+        flat = flat_inputs(self.trunk, args, kwargs)
+        if batch_size(self.trunk, flat) == 0:
+            return tuple(self._no_logits() for _ in range(len(self.exits) + 1))
+        with self._evaluating():
+            return self.trunk(*args, **kwargs)
+
+    @torch.no_grad()
+    def predict(self, *args: Any, **kwargs: Any) -> Prediction:
+        """Answers every sample at its first sure exit; what comes after an exit runs on the undecided samples only.
+
+        Called like the model itself, with any batch size. Evaluation mode, no gradients.
+
+        Raises:
+            RequestError: the inputs do not fit the model.
+        """
+        flat = flat_inputs(self.trunk, args, kwargs)
+        if batch_size(self.trunk, flat) == 0:
+            logits, exit_index = self._no_logits(), torch.zeros(0, dtype=torch.int64)
+        else:
+            with self._evaluating():
+                logits, exit_index = self._run_stages(flat)
+        exit_index = exit_index.to(logits.device)
+        on = [self.policy.is_on(k) for k in range(len(self.exits))]
+        costs = torch.tensor(self._exit_macs(on), device=logits.device)
+        return Prediction(logits, exit_index, costs[exit_index])
+
+    def _run_stages(self, values: list[Any]) -> tuple[Tensor, Tensor]:
+        """Logits (N, C) and exit index (N,); `rows` are the undecided samples' places in the batch, None: all."""
+        logits = exit_index = torch.empty(0)
+        rows: Tensor | None = None
+        stages = self._pieces().stages
+        for k, stage in enumerate(stages):
+            values = list(stage.body(*values))
+            z = values[stage.outputs.index(stage.at)]
+            if stage.head is not None:
+                if not self.policy.is_on(k):
+                    continue
+                z = stage.head(z)
+            if rows is None:
+                logits, exit_index = z, torch.full((len(z),), k, device=z.device)
+            else:  # those who stay are overwritten later
+                logits.index_copy_(0, rows, z.to(logits.dtype))
+                exit_index.index_fill_(0, rows, k)
+            if stage.head is None:
+                break
+            stay = torch.nonzero(~self.policy.leaves(k, z)).flatten()
+            if len(stay) == 0:
+                break
+            if len(stay) == len(z):
+                continue
+            rows = stay if rows is None else rows.index_select(0, stay)
+            values = [
+                value.index_select(0, stay) if compact else value
+                for value, compact in zip(values, stage.per_sample, strict=True)
+            ]
+        return logits, exit_index
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode, every module's own mode restored afterwards."""
+        training = [m for m in self.trunk.modules() if m.training] if self.training or self.trunk.training else []
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _no_logits(self) -> Tensor:
+        return next(self.trunk.parameters()).new_empty((0, self.num_classes), requires_grad=False)
+
+    # --- what is derived from the trunk --------------------------------------------------------------------------
+
+    def _pieces(self) -> _Pieces:
+        """Derived once per trunk graph; not part of copies and pickles, which derive their own."""
+        if self._cached is None or self._cached.graph is not self.trunk.graph:
+            self._cached = _Pieces(self.trunk.graph, without_exits(self.trunk), split_stages(self.trunk))
+        return self._cached
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
