@@ -110,9 +110,9 @@ def _score(gm: fx.GraphModule, axes: Axes, importance: str, data: Dataset | None
 
 
 def choose(axes: Axes, scores: dict[str, Tensor], metric: str, target: float, limits: Limits) -> dict[Atom, Tensor]:
-    """Kept indices by atom: least important first, until at most `target` of `metric` is left.
+    """Kept indices by atom: the least important go, until at most `target` of `metric` is left.
 
-    A removal that would overshoot the target by more than `TOLERANCE` is passed over for smaller ones.
+    The result is within 2 % of the whole model below the target wherever what can be removed is that fine.
 
     Raises:
         RequestError: the target cannot be met within the limits.
@@ -137,36 +137,32 @@ def choose(axes: Axes, scores: dict[str, Tensor], metric: str, target: float, li
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if left(keep(units[:middle])) <= target else (middle + 1, high)
-    return _refined(units, high, keep, left, target)
+    return _refined(units[:high], keep, left, target)
 
 
 TOLERANCE = 0.02
-_REFINEMENTS = 64
+_REFINEMENTS = 256
 
 
 def _refined(
-    units: list["Unit"],
-    count: int,
+    removed: list["Unit"],
     keep: Callable[[Sequence["Unit"]], dict[Atom, Tensor]],
     left: Callable[[dict[Atom, Tensor]], float],
     target: float,
 ) -> dict[Atom, Tensor]:
-    """The first `count` units, or, where the last of them overshoots, the others with later ones in its place."""
-    best = keep(units[:count])
-    chosen, lowest = list(units[: count - 1]), target * (1 - TOLERANCE)
-    if count == 0 or left(best) >= lowest:
-        return best
-    skipped = {units[count - 1].axis.name}  # an axis is removed from in rising order only
-    for unit in units[count : count + _REFINEMENTS]:
-        if unit.axis.name in skipped:
+    """Where the last unit overshot (a head, a group), the most important of the others come back while they fit."""
+    chosen, whole = list(removed), set()
+    best = keep(chosen)
+    for unit in removed[-2 : -_REFINEMENTS - 2 : -1]:
+        if left(best) >= target * (1 - TOLERANCE):
+            break
+        if unit.axis.name in whole:  # an axis gets its indices back in falling order only
             continue
-        trial = keep([*chosen, unit])
-        if left(trial) < lowest:
-            skipped.add(unit.axis.name)
-            continue
-        chosen.append(unit)
+        trial = keep([u for u in chosen if u is not unit])
         if left(trial) <= target:
-            return trial
+            chosen, best = [u for u in chosen if u is not unit], trial
+        else:
+            whole.add(unit.axis.name)
     return best
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .capture import CAPTURE_BATCH
+from .ragged import RaggedRecurrent
 
 aten = torch.ops.aten
 
@@ -218,4 +219,5 @@ _MODULE_MACS: dict[type[nn.Module], Callable[[fx.Node, nn.Module], int]] = {
     nn.modules.conv._ConvNd: _conv_module,
     nn.Linear: _linear_module,
     nn.RNNBase: _recurrent_module,
+    RaggedRecurrent: _recurrent_module,
 }

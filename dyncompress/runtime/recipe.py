@@ -186,8 +186,7 @@ def _checked_values(allowed: Mapping[str, Any], values: Mapping[str, Any], where
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
     """The value as the hinted type: str, int, float, a choice, a list of such, or None."""
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for choice in choices:
+    for choice in _choices(hint):
         converted = _convert(value, choice)
         if converted is not _NO:
             return converted
@@ -222,9 +221,15 @@ def _number(value: Any) -> Any:
         return _NO
 
 
+def _choices(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
 def _described(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(map(_described, typing.get_args(hint)))
+    choices = _choices(hint)
+    if len(choices) > 1:
+        return " or ".join(map(_described, choices))
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
