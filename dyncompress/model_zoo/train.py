@@ -41,7 +41,7 @@ class Recipe:
 RECIPES = {
     "vgg-digits": Recipe(epochs=30, learning_rate=2e-3),
     "resnet-digits": Recipe(epochs=20, learning_rate=4e-3),
-    "vit-digits": Recipe(epochs=40, learning_rate=1e-3),
+    "vit-digits": Recipe(epochs=32, learning_rate=1e-3),
     "lstm-digits": Recipe(epochs=60, learning_rate=3e-3),
 }
 

@@ -18,11 +18,19 @@ from .policy import ExitPolicy
 
 @dataclass(frozen=True)
 class Prediction:
-    """Per sample, in input order: logits (N, C), the exit that gave them (N,) int64 (the end is K), MACs (N,) int64."""
+    """Per sample, in input order: logits (N, C) and the exit that gave them, (N,) int64 (the end is exit K).
+
+    `exit_macs[k]` is what a sample that left at exit k cost.
+    """
 
     logits: Tensor
     exit_index: Tensor
-    macs: Tensor
+    exit_macs: tuple[int, ...]
+
+    @property
+    def macs(self) -> Tensor:
+        """MACs spent per sample, (N,) int64."""
+        return torch.tensor(self.exit_macs, device=self.exit_index.device)[self.exit_index]
 
 
 @dataclass(frozen=True)
@@ -131,15 +139,16 @@ class DynamicModel(nn.Module):
             RequestError: the inputs do not fit the model.
         """
         flat = flat_inputs(self.trunk, args, kwargs)
-        if batch_size(self.trunk, flat) == 0:
-            logits, exit_index = self._no_logits(), torch.zeros(0, dtype=torch.int64)
-        else:
-            with self._evaluating():
-                logits, exit_index = self._run_stages(flat)
-        exit_index = exit_index.to(logits.device)
         on = [self.policy.is_on(k) for k in range(len(self.exits))]
-        costs = torch.tensor(self._exit_macs(on), device=logits.device)
-        return Prediction(logits, exit_index, costs[exit_index])
+        macs = tuple(self._exit_macs(on))
+        if batch_size(self.trunk, flat) == 0:
+            logits = self._no_logits()
+            return Prediction(logits, torch.zeros(0, dtype=torch.int64, device=logits.device), macs)
+        with self._evaluating():
+            if any(on):
+                return Prediction(*self._run_stages(flat), macs)
+            logits = self._pieces().static(*args, **kwargs)
+        return Prediction(logits, torch.full((len(logits),), len(on), device=logits.device), macs)
 
     def _run_stages(self, values: list[Any]) -> tuple[Tensor, Tensor]:
         """Logits (N, C) and exit index (N,); `rows` are the undecided samples' places in the batch, None: all."""
