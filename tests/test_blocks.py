@@ -1,5 +1,7 @@
 """Cut points and blocks against what can be read off the models by hand, and against plain liveness."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from exit_models import CASES, graph
@@ -123,4 +125,4 @@ def test_blocks_are_the_stretches_between_single_cuts(name: str) -> None:
     covered = [n for b in found for n in b.nodes]
     assert covered == order[: len(covered)]
     assert sum(b.macs for b in found) == found[-1].end.macs
-    assert all(b.start is a.end for a, b in zip(found, found[1:], strict=False)) and found[0].start is None
+    assert all(b.start is a.end for a, b in pairwise(found)) and found[0].start is None

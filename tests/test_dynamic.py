@@ -5,6 +5,7 @@ import math
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,11 @@ from dyncompress.passes.exits import InsertExits
 from dyncompress.passes.stages import split_stages
 from dyncompress.runtime.dynamic import DynamicModel
 from dyncompress.runtime.policy import ExitPolicy, expected_macs
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 def dynamic(name: str) -> DynamicModel:
@@ -57,21 +63,19 @@ def by_hand(logits: list[np.ndarray], policy: ExitPolicy) -> list[int]:
     return chosen
 
 
-def between(scores: np.ndarray, share: float) -> float:
-    """A threshold well between two samples' scores."""
-    s = np.sort(scores)
-    at = max(1, min(len(s) - 1, round(share * len(s))))
-    return float((s[at - 1] + s[at]) / 2)
-
-
-def policy_for(made: DynamicModel, batch: Any, rule: str, shares: list[float | None]) -> ExitPolicy:
-    """Thresholds that let about these shares of the batch past each exit."""
-    temperatures = tuple(1.0 + 0.5 * k for k in range(len(shares)))
-    thresholds: list[float | None] = []
-    for z, t, share in zip(call(made.all_logits, batch), temperatures, shares, strict=False):
-        p = np.array([softmax(row) for row in z.double().numpy() / t])
+def policy_for(made: DynamicModel, batch: Any, rule: str, exits: int) -> ExitPolicy:
+    """Thresholds, each well between two samples' scores, that let half of those still there leave at each exit."""
+    temperatures = tuple(1.0 + 0.5 * k for k in range(exits))
+    thresholds = []
+    logits = [z.double().numpy() for z in call(made.all_logits, batch)]
+    there = np.ones(len(logits[0]), dtype=bool)
+    for z, t in zip(logits, temperatures, strict=False):
+        p = np.array([softmax(row) for row in z / t])
         sure = p.max(1) if rule == "max-softmax" else -(p * np.log(p)).sum(1) / math.log(p.shape[1])
-        thresholds.append(None if share is None else between(sure, share))
+        scores = np.sort(sure[there])
+        middle = len(scores) // 2
+        thresholds.append(float((scores[middle - 1] + scores[middle]) / 2))
+        there &= ~(sure >= thresholds[-1] if rule == "max-softmax" else sure <= thresholds[-1])
     return ExitPolicy(rule, tuple(thresholds), temperatures)
 
 
@@ -97,8 +101,7 @@ def rows_seen(made: DynamicModel, paths: list[str]) -> Iterator[dict[str, list[i
 @pytest.mark.parametrize("rule", ["max-softmax", "entropy"])
 def test_predict_is_a_plain_loop_over_the_exits(name: str, rule: str) -> None:
     made, batch, n = dynamic(name), CASES[name].batch(23), 23
-    shares: list[float | None] = [0.6, 0.5, 0.5][: CASES[name].exits]
-    made.policy = policy_for(made, batch, rule, shares)
+    made.policy = policy_for(made, batch, rule, CASES[name].exits)
     logits = [z.numpy() for z in call(made.all_logits, batch)]
     wanted = by_hand(logits, made.policy)
     found = call(made.predict, batch)
@@ -151,7 +154,7 @@ def test_other_sequence_lengths() -> None:
     made = dynamic("text")
     lengths = torch.randint(1, 12, (9, 1))
     batch = {"input_ids": torch.randint(0, 50, (9, 11)), "attention_mask": (torch.arange(11) < lengths).long()}
-    made.policy = policy_for(made, batch, "max-softmax", [0.5, 0.5])
+    made.policy = policy_for(made, batch, "max-softmax", 2)
     logits = [z.numpy() for z in made.all_logits(**batch)]
     found = made.predict(**batch)
     assert found.exit_index.tolist() == by_hand(logits, made.policy)
@@ -172,7 +175,7 @@ def test_other_sequence_lengths() -> None:
 )
 def test_only_undecided_samples_run_on(name: str, in_each_stage: list[str]) -> None:
     made, batch, n, k = dynamic(name), CASES[name].batch(40), 40, CASES[name].exits
-    made.policy = policy_for(made, batch, "max-softmax", [0.7, 0.5, 0.5][:k])
+    made.policy = policy_for(made, batch, "max-softmax", k)
     heads = [f"exits.{i}" for i in range(k)]
     with rows_seen(made, in_each_stage + heads) as seen:
         at = call(made.predict, batch).exit_index
@@ -219,7 +222,7 @@ def test_predict_leaves_every_mode_as_it_was() -> None:
 
 def test_what_happens_to_the_trunk_shows_at_once() -> None:
     made, batch = dynamic("vit"), CASES["vit"].batch(5)
-    policy = policy_for(made, batch, "max-softmax", [0.5, 0.5, 0.5])
+    policy = policy_for(made, batch, "max-softmax", 3)
     made.policy = policy
     single = made.predict(batch)
     double = made.double().predict(batch.double())
@@ -245,7 +248,7 @@ def test_parameters_are_held_once() -> None:
 
 def test_copies_are_independent() -> None:
     made, batch = dynamic("lstm"), CASES["lstm"].batch(6)
-    made.policy = policy_for(made, batch, "entropy", [0.5, 0.5])
+    made.policy = policy_for(made, batch, "entropy", 2)
     copied = deep_copy(made)
     wanted, found = made.predict(batch), copied.predict(batch)
     assert torch.equal(wanted.logits, found.logits) and torch.equal(wanted.exit_index, found.exit_index)
@@ -279,7 +282,7 @@ def test_macs() -> None:
 
 def test_stage_inputs_are_the_outputs_before() -> None:
     stages = split_stages(graph_with_exits("text"))
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in pairwise(stages):
         assert before.outputs == after.inputs and before.at in before.outputs
     assert stages[0].inputs == ["input_ids", "attention_mask"] and stages[-1].head is None
     assert stages[0].per_sample == [True, False, True, True]  # mask, length, mask as bool, features
@@ -384,7 +387,7 @@ def test_an_exit_that_can_no_longer_be_cut() -> None:
 
 def test_a_prediction_is_not_overwritten_by_the_next() -> None:
     made, batch = dynamic("resnet"), CASES["resnet"].batch(8)
-    made.policy = policy_for(made, batch, "max-softmax", [0.5, 0.5, 0.5])
+    made.policy = policy_for(made, batch, "max-softmax", 3)
     first = made.predict(batch)
     kept = first.logits.clone()
     made.predict(CASES["resnet"].batch(8))

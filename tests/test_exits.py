@@ -15,6 +15,11 @@ from dyncompress.passes.exits import InsertExits, find_logits
 from dyncompress.passes.heads import HEADS, ImageHead, TokenHead, VectorHead
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def heads(gm: fx.GraphModule) -> list[nn.Module]:
     return list(gm.exits.children())
 

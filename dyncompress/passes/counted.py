@@ -67,7 +67,9 @@ class CountedRMSNorm(_CountedNorm):
 class CountedGroupNorm(_CountedNorm):
     """nn.GroupNorm with `num_groups` groups of once `count` channels each."""
 
-    def __init__(self, shape: list[int], count: int, eps: float | None, weight: bool, bias: bool, num_groups: int) -> None:
+    def __init__(
+        self, shape: list[int], count: int, eps: float | None, weight: bool, bias: bool, num_groups: int
+    ) -> None:
         super().__init__(shape, count, eps, weight, bias)
         self.num_groups = num_groups
 

@@ -51,8 +51,7 @@ class ImageHead(ExitHead):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ..., channels, ...) features to (batch, classes) logits."""
         space = [d for d in range(1, x.dim()) if d != self.channel_dim]
-        a = torch.sigmoid(self.mix)
-        return self.linear(a * x.amax(space) + (1 - a) * x.mean(space))
+        return self.linear(torch.lerp(x.mean(space), x.amax(space), torch.sigmoid(self.mix)))
 
 
 class TokenHead(ExitHead):

@@ -108,9 +108,7 @@ class RaggedRecurrent(nn.Module):
         self, x: Tensor, weights: list[Tensor], state: tuple[Tensor, ...], backward: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """ATen tells a projection by its width differing from the cell's: one cell of zeros makes it differ."""
-        padded = [
-            F.pad(w.unflatten(0, (4, -1)), (*[0, 0] * (w.dim() - 1), 0, 1)).flatten(0, 1) for w in weights[:-1]
-        ]
+        padded = [F.pad(w.unflatten(0, (4, -1)), (*[0, 0] * (w.dim() - 1), 0, 1)).flatten(0, 1) for w in weights[:-1]]
         hx = (state[0], F.pad(state[1], (0, 1)))
         y, h, c = torch.lstm(x, hx, [*padded, F.pad(weights[-1], (0, 1))], self.bias, 1, 0.0, False, False, True)
         return (y.flip(1) if backward else y), (h, c[..., :-1])

@@ -56,12 +56,12 @@ def _opaque_forward(self: nn.RNNBase, input: Tensor, hx: Any = None) -> Any:
 @contextmanager
 def opaque_recurrent_layers() -> Iterator[None]:
     """While active, every LSTM, GRU and RNN layer records one opaque call instead of its arithmetic."""
-    kinds = (nn.LSTM, nn.GRU, nn.RNN)
+    kinds: tuple[Any, ...] = (nn.LSTM, nn.GRU, nn.RNN)
     saved = [kind.forward for kind in kinds]
     try:
         for kind in kinds:
-            kind.forward = _opaque_forward  # type: ignore
+            kind.forward = _opaque_forward
         yield
     finally:
         for kind, forward in zip(kinds, saved, strict=True):
-            kind.forward = forward  # type: ignore
+            kind.forward = forward

@@ -16,13 +16,8 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
         RequestError: the number, names, nesting, shapes, dtypes or batch sizes of the inputs are not the model's.
     """
     info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    names = [name for name in info.orig_args if name != "self"]
-    given = _bind(names, args, kwargs)
-    count = info.in_spec.child(0).num_children
-    positional = tuple(given[name] for name in names[:count])
-    flat, spec = pytree.tree_flatten((positional, {name: given[name] for name in names[count:]}))
-    if spec != info.in_spec:
-        raise RequestError("the inputs are nested differently from the example_inputs the model was captured with")
+    values = _in_order([name for name in info.orig_args if name != "self"], args, kwargs)
+    flat = _flatten(values, info.in_spec)
     floats = next((p for p in gm.parameters() if p.is_floating_point()), None)
     for expected, leaf in zip(gm.meta["inputs"], flat, strict=True):
         _check(expected, leaf, floats)
@@ -42,7 +37,10 @@ def batch_size(gm: fx.GraphModule, flat: list[Any]) -> int:
     return next(iter(sizes.values()))
 
 
-def _bind(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _in_order(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments in the order of the model's signature."""
+    if len(args) == len(names) and not kwargs:
+        return list(args)
     takes = f"the model takes {', '.join(names)}"
     if len(args) > len(names):
         raise RequestError(f"{len(args)} positional inputs were given; {takes}")
@@ -53,7 +51,19 @@ def _bind(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     for problem, which in (("given twice", twice), ("unknown", unknown), ("missing", missing)):
         if which:
             raise RequestError(f"input {', '.join(sorted(which))} {problem}; {takes}")
-    return given
+    return [given[name] for name in names]
+
+
+def _flatten(values: list[Any], wanted: pytree.TreeSpec) -> list[Any]:
+    if len(values) == wanted.num_leaves and all(isinstance(value, Tensor) for value in values):
+        return values
+    positional, named = wanted.child(0), wanted.child(1)
+    count = positional.num_children
+    call = tuple(values[:count]), dict(zip(named.context, values[count:], strict=True))
+    flat, spec = pytree.tree_flatten(call)
+    if spec != wanted:
+        raise RequestError("the inputs are nested differently from the example_inputs the model was captured with")
+    return flat
 
 
 def _check(expected: dict[str, Any], leaf: Any, floats: Tensor | None) -> None:
