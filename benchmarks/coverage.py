@@ -2,9 +2,9 @@
 
     python benchmarks/coverage.py [SOURCE:NAME ...]      writes benchmarks/coverage.json
 
-A model passes when half of every prunable axis can be removed and the smaller model returns the right shapes. `oracle` is
-the largest difference between the masked and the shrunk model (exact mode), relative to the effect of the pruning,
-in float64.
+A model passes when half of every prunable axis can be removed and the smaller model returns the right shapes.
+`oracle` is the largest difference between the masked and the shrunk model (exact mode), relative to the effect of the
+pruning, in float64.
 """
 
 import json

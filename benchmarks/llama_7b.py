@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-# A CPU-only torch cannot load torchvision's compiled operators, which transformers imports where it is installed.
-sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
-import transformers
-
 import dyncompress as dc
 
 
 def main() -> None:
     """Measures once, in this process."""
+    # A CPU-only torch cannot load torchvision's compiled operators, which transformers imports where it is installed.
+    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
+    import transformers
+
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
         use_cache=False,

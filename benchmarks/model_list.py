@@ -1,8 +1,9 @@
-"""Builds every model of the list, randomly initialised, with example inputs. `SOURCE:NAME`, one a line."""
+"""Builds every model of models.txt (`SOURCE:NAME`, one a line), randomly initialised, with example inputs."""
 
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,24 +11,7 @@ from torch import nn
 
 Built = tuple[nn.Module, Any]
 
-MODELS = """
-torchvision:resnet18 torchvision:resnet50 torchvision:vgg16_bn torchvision:alexnet torchvision:mobilenet_v2
-torchvision:mobilenet_v3_large torchvision:efficientnet_b0 torchvision:densenet121 torchvision:googlenet
-torchvision:inception_v3 torchvision:regnet_y_400mf torchvision:resnext50_32x4d torchvision:convnext_tiny
-torchvision:vit_b_16 torchvision:swin_t torchvision:maxvit_t torchvision:shufflenet_v2_x1_0
-torchvision:squeezenet1_1 torchvision:mnasnet1_0
-timm:resnet50 timm:seresnet50 timm:convnextv2_atto timm:vit_tiny_patch16_224 timm:deit_tiny_distilled_patch16_224
-timm:beit_base_patch16_224 timm:swin_tiny_patch4_window7_224 timm:swinv2_tiny_window8_256 timm:mixer_s32_224
-timm:resmlp_12_224 timm:gmlp_s16_224 timm:coat_lite_tiny timm:cait_xxs24_224 timm:levit_128s
-timm:xcit_nano_12_p16_224 timm:poolformer_s12 timm:hrnet_w18_small timm:dla34 timm:res2net50_14w_8s timm:mobilevit_s
-timm:eva02_tiny_patch14_224 timm:gcvit_xxtiny timm:edgenext_xx_small timm:tiny_vit_5m_224 timm:fastvit_t8
-timm:repvgg_a0 timm:cspresnet50 timm:ghostnet_100 timm:nest_tiny timm:pvt_v2_b0 timm:twins_svt_small
-timm:volo_d1_224 timm:efficientformer_l1 timm:dm_nfnet_f0 timm:hiera_tiny_224 timm:dpn68 timm:rexnet_100
-timm:mobilenetv3_small_100 timm:mobilenetv4_conv_small timm:regnety_004
-hf:BertForSequenceClassification hf:DistilBertForSequenceClassification hf:RobertaForSequenceClassification
-hf:GPT2LMHeadModel hf:LlamaForCausalLM hf:T5EncoderModel hf:ViTForImageClassification hf:WhisperModel
-hf:OPTForCausalLM hf:Qwen3ForCausalLM hf:MistralForCausalLM
-""".split()
+MODELS = (Path(__file__).parent / "models.txt").read_text().split()
 
 
 def build(name: str) -> Built:
