@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -245,6 +246,41 @@ def test_bench(weights: Path, cli: Any) -> None:
     assert cli("bench NET --input-shape 1,8,8").status == 0
 
 
+def onnx_answers(path: str | Path, inputs: Tensor) -> dict[str, Any]:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (name,) = (i.name for i in session.get_inputs())
+    return dict(zip((o.name for o in session.get_outputs()), session.run(None, {name: inputs.numpy()}), strict=True))
+
+
+def test_export(net: nn.Module, weights: Path, cli: Any) -> None:
+    outcome = cli("export NET static.onnx --input-shape 1,8,8 --json")
+    assert outcome.status == 0, outcome.err
+    report = outcome.report
+    assert report["onnx"] == "static.onnx"
+    assert report["check"]["bytes"] == Path("static.onnx").stat().st_size
+    assert set(report["check"]["max_error"]) == {"1", "3", "64"}
+    images = torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(torch.from_numpy(onnx_answers("static.onnx", images)["logits"]), net(images))
+    assert "exists" in cli("export NET static.onnx --input-shape 1,8,8").line
+    outcome = cli("export NET static.onnx DATA --overwrite")
+    assert outcome.status == 0
+    assert "largest error, batch 64" in outcome.out
+
+
+def test_a_recipe_of_all_steps(weights: Path, cli: Any) -> None:
+    prune, convert, export = "{prune: {macs: 0.7}}", "{convert: {exits: 1, epochs: 1, macs: 0.9}}", "export"
+    Path("r.yaml").write_text(f"model: net.pt\narch: {ARCH}\nsteps: [{prune}, {convert}, {export}]")
+    outcome = cli(f"run r.yaml --set data={DATA} --out all --json")
+    assert outcome.status == 0, outcome.err
+    report = outcome.report
+    assert [name for name in report if name in ("static", "pruned", "dynamic")] == ["static", "pruned", "dynamic"]
+    assert report["onnx"] == "all/model.onnx"
+    test = make_data().test
+    answers = onnx_answers(report["onnx"], test.inputs)
+    assert answers["macs"].mean() == pytest.approx(report["dynamic"]["mean_macs"])
+    assert sum(report["check"]["exits"]) == 1 + 3 + 64
+
+
 @pytest.mark.parametrize("kind", ["checkpoint", "archive", "module"])
 def test_every_kind_of_file_converts(kind: str, net: nn.Module, weights: Path, cli: Any) -> None:
     images = torch.rand(2, 1, 8, 8)
@@ -391,10 +427,12 @@ def test_help_is_quick_and_needs_no_torch() -> None:
         ("prune NET DATA --ratio 0.5 --ignore nothing", "nothing"),
         ("bench", "MODEL"),
         ("run nothing.yaml", "nothing.yaml"),
+        ("run outside.yaml", "'../x.onnx' is not the plain name"),
         (f"inspect {__name__}:make_branching --input-shape 1,8,8", "if x.sum() > 0"),
     ],
 )
 def test_mistakes_end_in_one_line(command: str, says: str, weights: Path, cli: Any) -> None:
+    Path("outside.yaml").write_text(f"model: {ARCH}\nsteps: [export: {{onnx: ../x.onnx}}]")
     outcome = cli(command)
     if command == "":
         assert outcome.status == 0
@@ -402,6 +440,11 @@ def test_mistakes_end_in_one_line(command: str, says: str, weights: Path, cli: A
         return
     assert outcome.status == 2, outcome.err
     assert says in outcome.line
+
+
+def test_a_wrong_request_leaves_no_folder(weights: Path, cli: Any) -> None:
+    assert "exits=9" in cli("convert NET DATA --exits 9 --out fresh").line
+    assert not Path("fresh").exists()
 
 
 def test_taken_folders(weights: Path, cli: Any) -> None:

@@ -15,6 +15,7 @@ from exit_models import CASES, call, graph, graph_with_exits, logits_of, model, 
 from torch import nn
 
 from dyncompress.errors import RequestError
+from dyncompress.passes.capture import capture
 from dyncompress.passes.copying import deep_copy
 from dyncompress.passes.cost import count_macs
 from dyncompress.passes.exits import InsertExits
@@ -286,6 +287,25 @@ def test_stage_inputs_are_the_outputs_before() -> None:
         assert before.outputs == after.inputs and before.at in before.outputs
     assert stages[0].inputs == ["input_ids", "attention_mask"] and stages[-1].head is None
     assert stages[0].per_sample == [True, False, True, True]  # mask, length, mask as bool, features
+
+
+class Nested(nn.Module):
+    """Its own modules and tensors are called like those of a dynamic model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.ModuleDict({"trunk": nn.Linear(5, 5), "head": nn.Linear(5, 3)})
+        self.scale = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.trunk["head"](torch.relu(self.trunk["trunk"](x)) * self.scale)
+
+
+def test_names_of_the_users_own_do_not_clash() -> None:
+    source, x = Nested().eval(), torch.randn(4, 5)
+    made = DynamicModel(InsertExits(1)(capture(source, x)).gm).eval()
+    torch.testing.assert_close(made.predict(x).logits, source(x).detach())
+    assert made.with_policy(ExitPolicy("entropy", (1.0,))).predict(x).exit_index.tolist() == [0] * 4
 
 
 # --- inputs ------------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from torch import Tensor, fx, nn
 
 from dyncompress.errors import RequestError
 from dyncompress.passes.capture import capture
+from dyncompress.passes.copying import deep_copy
 from dyncompress.passes.cost import count_macs, count_parameters
 from dyncompress.passes.exits import InsertExits, find_logits
 from dyncompress.passes.heads import HEADS, ImageHead, TokenHead, VectorHead
+from dyncompress.passes.unstack import unstack_recurrent
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +87,9 @@ def test_exits_follow_whole_blocks_at_equal_shares(name: str, at: list[str]) -> 
 @pytest.mark.parametrize(
     ("name", "kind", "arguments"),
     [
-        ("resnet", ImageHead, [(8, 10, 1), (16, 10, 1), (16, 10, 1)]),
-        ("vgg", ImageHead, [(8, 10, 1), (16, 10, 1)]),
-        ("channels-last", ImageHead, [(16, 10, 3), (16, 10, 3)]),
+        ("resnet", ImageHead, [(8, 10, 1, 4), (16, 10, 1, 2), (16, 10, 1, 2)]),
+        ("vgg", ImageHead, [(8, 10, 1, 2), (16, 10, 1, 2)]),
+        ("channels-last", ImageHead, [(16, 10, 3, 1), (16, 10, 3, 1)]),
         ("vit", TokenHead, [(32, 10, "first")] * 3),
         ("text", TokenHead, [(32, 4, "mean")] * 2),
         ("lstm", TokenHead, [(24, 5, "last")] * 2),
@@ -103,22 +105,35 @@ def test_heads_fit_what_they_read(name: str, kind: type[nn.Module], arguments: l
 
 def test_a_map_is_read_before_it_is_flattened() -> None:
     gm = InsertExits(("max_pool2d_2",))(graph("vgg")).gm
-    assert heads(gm)[0].spec() == {"type": "ImageHead", "args": {"channels": 32, "classes": 10, "channel_dim": 1}}
+    assert type(heads(gm)[0]) is ImageHead and heads(gm)[0].channels == 32
     last = InsertExits(3)(capture(Vgg(hidden=512), torch.randn(1, 3, 16, 16))).report["exits"][-1]
     assert last["at"] == "max_pool2d_2"
 
 
-def test_image_head_formula() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(3, 5, 4, 2)
-    for dim in (1, 3):
-        head = ImageHead(x.shape[dim], 6, dim)
-        nn.init.constant_(head.mix, 0.7)
-        a = 1 / (1 + np.exp(-0.7))
-        data = np.moveaxis(x.numpy(), dim, 1).reshape(3, x.shape[dim], -1)
-        pooled = a * data.max(-1) + (1 - a) * data.mean(-1)
-        wanted = pooled @ head.linear.weight.detach().numpy().T + head.linear.bias.detach().numpy()
-        np.testing.assert_allclose(head(x).detach().numpy(), wanted, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("grid", [1, 2])
+def test_image_head_formula(dim: int, grid: int) -> None:
+    x = torch.randn(3, 6, 4, 8)
+    head = ImageHead(x.shape[dim], 6, dim, grid)
+    nn.init.constant_(head.mix, 0.7)
+    a = 1 / (1 + np.exp(-0.7))
+    data = np.moveaxis(x.numpy(), dim, 1)
+    h, w = data.shape[2] // grid, data.shape[3] // grid
+    cells = [
+        a * (cell := data[:, c, i * h : i * h + h, j * w : j * w + w].reshape(3, -1)).max(1) + (1 - a) * cell.mean(1)
+        for c in range(data.shape[1])
+        for i in range(grid)
+        for j in range(grid)
+    ]
+    wanted = np.stack(cells, 1) @ head.linear.weight.detach().numpy().T + head.linear.bias.detach().numpy()
+    np.testing.assert_allclose(head(x).detach().numpy(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_image_head_pools_any_number_of_dims() -> None:
+    x = torch.randn(2, 5, 3, 4, 6)
+    head = ImageHead(6, 3, 4)
+    pooled = (x.amax((1, 2, 3)) + x.mean((1, 2, 3))) / 2
+    torch.testing.assert_close(head(x), head.linear(pooled))
 
 
 @pytest.mark.parametrize(("token", "pick"), [("first", 0), ("last", -1), ("mean", None)])
@@ -145,6 +160,57 @@ def test_exits_by_name() -> None:
     assert str(InsertExits(("relu_2",))) == "insert-exits: {exits: [relu_2]}"
     assert str(InsertExits()) == "insert-exits: {exits: 3}"
     assert InsertExits(["relu_2"]) == InsertExits(("relu_2",))  # as a recipe gives it
+
+
+class Stacked(nn.Module):
+    def __init__(self, layer: nn.RNNBase, read: str) -> None:
+        super().__init__()
+        self.rnn, self.read = layer, read
+        width = layer.proj_size or layer.hidden_size
+        self.fc = nn.Linear(width * (2 if read == "sequence" and layer.bidirectional else 1), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, state = self.rnn(x)
+        if self.read == "sequence":
+            return self.fc(y[:, -1])
+        hidden, other = state if isinstance(state, tuple) else (state, state)
+        if self.read == "whole":
+            return self.fc(hidden.mean(0))
+        return self.fc(hidden[-1]) + (
+            self.fc(hidden[0]) * other[-2].mean(-1, keepdim=True) if self.read == "all" else 0
+        )
+
+
+STACKS = {
+    "lstm": lambda: nn.LSTM(6, 10, 3, batch_first=True, dropout=0.3),
+    "bi-gru": lambda: nn.GRU(6, 10, 2, batch_first=True, bidirectional=True, bias=False),
+    "bi-lstm-proj": lambda: nn.LSTM(6, 10, 2, batch_first=True, bidirectional=True, proj_size=4),
+    "rnn": lambda: nn.RNN(6, 10, 2, nonlinearity="relu", batch_first=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("read", ["sequence", "last", "all"])
+@pytest.mark.parametrize("layer", STACKS)
+def test_recurrent_stacks_become_their_layers(layer: str, read: str) -> None:
+    source, x = Stacked(STACKS[layer](), read).eval(), torch.randn(4, 5, 6)
+    gm = deep_copy(capture(source, x))
+    names = sum(p.numel() for p in gm.parameters())
+    assert unstack_recurrent(gm) == ["rnn"]
+    gm.graph.lint()
+    torch.testing.assert_close(gm(x), source(x))
+    assert sum(p.numel() for p in gm.parameters()) == names
+    assert [type(m) for m in gm.rnn.children()][:2] == [type(source.rnn)] * 2
+    if read != "all":
+        new = InsertExits(1)(capture(source, x))
+        assert new.report["unstacked"] == ["rnn"] and heads(new.gm)[0].token == "last"
+        torch.testing.assert_close(new.gm(x)[-1], source(x))
+
+
+def test_a_stack_whose_states_are_read_whole_stays() -> None:
+    gm = capture(Stacked(STACKS["rnn"](), "whole"), torch.randn(4, 5, 6))
+    with pytest.raises(RequestError, match="exits=1: the model has no place for an exit"):
+        InsertExits(1)(gm)
 
 
 def test_gradients_reach_every_head_and_the_trunk() -> None:
@@ -210,7 +276,7 @@ def test_outputs_without_clear_logits_are_refused(shape: str) -> None:
 
 
 def test_too_many_exits() -> None:
-    with pytest.raises(RequestError, match=r"exits=9: the model has 3 places for an exit \(relu, relu_1, mul\)"):
+    with pytest.raises(RequestError, match=r"exits=9: the model has room for 3 \(relu, relu_1, mul\); ask for fewer"):
         InsertExits(9)(graph("two-inputs"))
 
 

@@ -27,7 +27,8 @@ def bench_models(recipes: Sequence[Recipe], console: Console, *, allow_pickle: b
     for recipe, subject in zip(recipes, subjects, strict=True):
         _check_takes(recipe.model, subject, example)
     modules = {f"{number}": subject.module for number, subject in enumerate(subjects, 1)}
-    entries = measure(modules, example, data, subjects[0].device)
+    graphs = {f"{number}": subject.graph for number, subject in enumerate(subjects, 1)}
+    entries = measure(modules, graphs, example, data, subjects[0].device)
     names = [recipe.model for recipe in recipes]
     shown = {f"{number} {name}": entry for (number, entry), name in zip(entries.items(), names, strict=True)}
     where = f"on {recipes[0].data or 'random inputs'}, {subjects[0].device}"

@@ -58,6 +58,17 @@ def begin(folder: Path, recipe_text: str, *, resume: bool) -> None:
     recipe_file.write_text(recipe_text, encoding="utf-8")
 
 
+def abandon(folder: Path) -> None:
+    """Takes back what `begin` made, unless a step has left something to resume from."""
+    steps = folder / STEPS
+    if any(path.is_file() for path in steps.rglob("*")):
+        return
+    shutil.rmtree(steps, ignore_errors=True)
+    (folder / RECIPE).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _check_same(folder: Path, old: str, new: str) -> None:
     if old == new:
         return

@@ -3,13 +3,11 @@
 from typing import Any
 
 from rich.console import Console
-from torch import nn
+from torch import fx
 
 from ..passes.axes import Axes, infer_axes
 from ..passes.blocks import blocks, cut_points
-from ..passes.capture import capture
 from ..passes.cost import count_bytes, count_macs, count_parameters
-from ..runtime.dynamic import DynamicModel
 from ..runtime.recipe import Recipe
 from . import tables
 from .subject import load_splits, prepare
@@ -21,17 +19,16 @@ def inspect_model(recipe: Recipe, console: Console, *, allow_pickle: bool = Fals
     Raises RequestError for every mistake in the request.
     """
     subject = prepare(recipe, load_splits(recipe), allow_pickle=allow_pickle)
-    report = {"model": recipe.model, **describe(subject.module, subject.example_inputs)}
+    report = {"model": recipe.model, **describe(subject.graph)}
     _show(report, console)
     return report
 
 
-def describe(module: nn.Module, example_inputs: Any) -> dict[str, Any]:
+def describe(gm: fx.GraphModule) -> dict[str, Any]:
     """Costs, axes, blocks and cut points as plain numbers, text, lists and dicts.
 
     MACs are per sample; an axis' slices are [tensor, dim]; a cut point is named after the node it follows.
     """
-    gm = module.trunk if isinstance(module, DynamicModel) else capture(module, example_inputs)
     axes = infer_axes(gm)
     return {
         "macs": count_macs(gm),
@@ -47,7 +44,7 @@ def describe(module: nn.Module, example_inputs: Any) -> dict[str, Any]:
             {"at": c.node.name, "path": c.node.meta.get("path", ""), "single": c.single, "macs": c.macs}
             for c in cut_points(gm)
         ],
-        "exits": module.exits if isinstance(module, DynamicModel) else [],
+        "exits": list(gm.meta.get("exits", [])),
     }
 
 

@@ -5,26 +5,26 @@ A finished step's model waits in the run folder, so that an interrupted run goes
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import fx
 
-from ..errors import DynCompressError
+from ..errors import DynCompressError, RequestError
 from ..runtime import checkpoint
 from ..runtime.dynamic import DynamicModel
 from ..runtime.recipe import Export, Recipe
 from . import folders, results
-from .exporting import write_onnx
-from .measure import measure
-from .steps import check_data, check_order, result_name, take
+from .exporting import check_report, write_onnx
+from .measure import graph_of, measure
+from .steps import check_order, check_request, result_name, take
 from .subject import Subject, load_splits, prepare
 
-Models = dict[str, nn.Module]
+Captured = fx.GraphModule | DynamicModel
 
 
 def run_recipe(
@@ -45,7 +45,7 @@ def run_recipe(
         folders.begin(folder, str(recipe), resume=True)
         return json.loads((folder / folders.REPORT).read_text(encoding="utf-8"))
     status = status or Console(quiet=True)
-    check_data(recipe.steps, recipe.data)
+    check_request(recipe.steps, recipe.data)
     status.print(f"loading {recipe.model}" + (f" and {recipe.data}" if recipe.data else ""), markup=False)
     subject = prepare(recipe, load_splits(recipe), allow_pickle=allow_pickle)
     check_order(recipe.steps, subject.module)
@@ -53,16 +53,21 @@ def run_recipe(
         status.print(f"note: {recipe.model} has random weights", markup=False)
     folders.begin(folder, str(recipe), resume=resume)
     with _explained(folder):
-        models, onnx = _take_steps(recipe, subject, folder, status)
+        captured, exported = _take_steps(recipe, subject, folder, status)
         status.print("measuring accuracy and wall clock")
-        entries = measure(models, subject.example_inputs, subject.data, subject.device)
-        return results.write(recipe, folder, models, entries, subject, onnx)
+        graphs = {name: graph_of(model) for name, model in captured.items()}
+        models = {**captured, next(iter(captured)): subject.module}  # the first is timed as the user has it
+        entries = measure(models, graphs, subject.example_inputs, subject.data, subject.device)
+        return results.write(recipe, folder, captured, {**exported, **entries}, subject)
 
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
+    except RequestError:
+        folders.abandon(folder)
+        raise
     except KeyboardInterrupt:
         raise folders.Interrupted(folder) from None
     except torch.OutOfMemoryError as error:
@@ -70,15 +75,18 @@ def _explained(folder: Path) -> Iterator[None]:
         raise DynCompressError(f"out of memory ({reason}): give a smaller batch_size or another device") from error
 
 
-def _take_steps(recipe: Recipe, subject: Subject, folder: Path, status: Console) -> tuple[Models, Path | None]:
-    """Every model to compare, by its name in the report, and the ONNX file."""
-    current, onnx = subject.module, None
-    models: Models = {"dynamic" if isinstance(current, DynamicModel) else "static": current}
+def _take_steps(
+    recipe: Recipe, subject: Subject, folder: Path, status: Console
+) -> tuple[dict[str, Captured], dict[str, Any]]:
+    """Every model to compare, by its name in the report, and what the report says of the ONNX file."""
+    current: Any = subject.captured
+    exported: dict[str, Any] = {"onnx": None}
+    models: dict[str, Captured] = {"dynamic" if isinstance(current, DynamicModel) else "static": current}
     for number, step in enumerate(recipe.steps, 1):
         status.print(f"step {number} of {len(recipe.steps)}: {step.name}")
         if isinstance(step, Export):
-            onnx = folder / step.onnx
-            write_onnx(current, subject.example_inputs, onnx, overwrite=True)
+            written = write_onnx(current, folder / step.onnx, subject.data, overwrite=True)
+            exported = {"onnx": str(written.path), "check": check_report(written)}
             continue
         work = folder / folders.STEPS / f"{number}-{step.name}"
         saved = work.with_suffix(".safetensors")
@@ -90,17 +98,17 @@ def _take_steps(recipe: Recipe, subject: Subject, folder: Path, status: Console)
             current = take(
                 step,
                 current,
-                subject.example_inputs,
                 subject.data,
                 seed=recipe.seed,
+                device=subject.device,
                 work=work,
                 progress=progress,
             )
             checkpoint.save(current, saved)
         models[_free_name(result_name(step), models)] = current
-    return models, onnx
+    return models, exported
 
 
-def _free_name(name: str, models: Models) -> str:
+def _free_name(name: str, models: Iterable[str]) -> str:
     taken = sum(other == name or other.startswith(f"{name}-") for other in models)
     return f"{name}-{taken + 1}" if taken else name

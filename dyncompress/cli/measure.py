@@ -6,14 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset
 
 from ..compress.batches import LabelledData, placed
 from ..compress.evaluate import evaluate, latency_inputs, measure_latency
 from ..model_zoo.data import Splits
-from ..passes.capture import capture
 from ..passes.cost import count_bytes, count_macs, count_parameters
 from ..runtime.dynamic import DynamicModel
 
@@ -22,24 +21,29 @@ _REPEATS = 3
 
 
 def measure(
-    models: Mapping[str, nn.Module], example_inputs: Any, data: Splits | None, device: torch.device
+    models: Mapping[str, nn.Module],
+    graphs: Mapping[str, fx.GraphModule],
+    example_inputs: Any,
+    data: Splits | None,
+    device: torch.device,
 ) -> dict[str, dict[str, Any]]:
     """One entry of the report per model, all judged on the test split and timed on the same inputs.
 
-    Without data, accuracy and mean_macs are None and the example inputs are timed.
+    `graphs` are the same models captured, to count MACs on. Without data, accuracy and mean_macs are None and the
+    example inputs are timed.
     """
-    entries = {name: _entry(model, example_inputs, data, device) for name, model in models.items()}
+    entries = {name: _entry(model, graphs[name], data, device) for name, model in models.items()}
     for name, by_batch in _latencies(models, example_inputs, data, device).items():
         entries[name]["latency_ms"] = {str(batch): ms for batch, ms in by_batch.items()}
     return entries
 
 
-def _entry(model: nn.Module, example_inputs: Any, data: Splits | None, device: torch.device) -> dict[str, Any]:
+def _entry(model: nn.Module, graph: fx.GraphModule, data: Splits | None, device: torch.device) -> dict[str, Any]:
     found = evaluate(model, data.test, device=device) if data is not None else None
     accuracy = found.accuracy if found is not None else None
     size = {"parameters": count_parameters(model), "bytes": count_bytes(model)}
     if not isinstance(model, DynamicModel):
-        return {"accuracy": accuracy, "macs": count_macs(capture(model, example_inputs)), **size}
+        return {"accuracy": accuracy, "macs": count_macs(graph), **size}
     exits = [asdict(use) for use in found.exits] if found is not None else _unused_exits(model)
     mean_macs = found.mean_macs if found is not None else None
     return {"accuracy": accuracy, "mean_macs": mean_macs, **size, "exits": exits}
@@ -59,6 +63,11 @@ def _latencies(
         inputs = {size: [_resized(example_inputs, size, device)] for size in LATENCY_BATCHES}
     with _running(models, device) as calls:
         return measure_latency(calls, inputs, _REPEATS)
+
+
+def graph_of(model: fx.GraphModule | DynamicModel) -> fx.GraphModule:
+    """The captured graph itself, or that of a dynamic model with its exits."""
+    return model.trunk if isinstance(model, DynamicModel) else model
 
 
 @contextmanager

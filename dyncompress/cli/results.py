@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Console
 from torch import fx, nn
 
-from ..passes.capture import capture
 from ..runtime import checkpoint
 from ..runtime.dynamic import DynamicModel
 from ..runtime.recipe import Recipe
 from . import folders, plots, tables
+from .exporting import show_check
+from .measure import graph_of
 from .subject import Subject
 from .tradeoff import tradeoff
 
@@ -24,24 +25,26 @@ _TABLE_WIDTH = 120
 def write(
     recipe: Recipe,
     folder: Path,
-    models: Mapping[str, nn.Module],
-    entries: Mapping[str, dict[str, Any]],
+    models: Mapping[str, fx.GraphModule | DynamicModel],
+    measured: Mapping[str, Any],
     subject: Subject,
-    onnx: Path | None,
 ) -> dict[str, Any]:
-    """Writes everything into the folder, removes what only resuming needed, and returns the report."""
+    """Writes everything into the folder, removes what only resuming needed, and returns the report.
+
+    `measured` holds an entry per model and what is known of the ONNX file.
+    """
+    entries = entries_of(measured)
     name, result = list(models.items())[-1]
     path = _save(recipe, folder, result, entries[name]) if len(models) > 1 else None
     report: dict[str, Any] = {
         "model": str(path or recipe.model),
-        "onnx": str(onnx) if onnx else None,
         "run_dir": str(folder),
         "data": recipe.data,
         "device": str(subject.device),
-        **entries,
+        **measured,
     }
     if "pruned" in models:
-        report["layers"] = _layers(models["static"], models["pruned"], subject.example_inputs)
+        report["layers"] = _layers(models["static"], models["pruned"])
     if "static" in entries and isinstance(result, DynamicModel) and subject.data is not None:
         report["curve"] = tradeoff(result, subject.data, subject.device)
         _draw(folder, report, name)
@@ -52,23 +55,20 @@ def write(
     return report
 
 
-def _save(recipe: Recipe, folder: Path, model: nn.Module, entry: dict[str, Any]) -> Path:
+def _save(recipe: Recipe, folder: Path, model: fx.GraphModule | DynamicModel, entry: dict[str, Any]) -> Path:
     """The result with what was measured of it, and the recipe, in its file."""
     path = folder / ("model.dyn.safetensors" if isinstance(model, DynamicModel) else "model.safetensors")
-    gm = model.trunk if isinstance(model, DynamicModel) else model
-    assert isinstance(gm, fx.GraphModule)
-    info = {**gm.meta.get("info", {}), "recipe": str(recipe), "measured": entry}
+    info = {**graph_of(model).meta.get("info", {}), "recipe": str(recipe), "measured": entry}
     checkpoint.save(model, path, info=info, overwrite=True)
     return path
 
 
-def _layers(before: nn.Module, after: nn.Module, example_inputs: Any) -> list[dict[str, Any]]:
+def _layers(before: nn.Module, after: nn.Module) -> list[dict[str, Any]]:
     """The shape of every weight before and after."""
-    gm = capture(before, example_inputs)
     new = dict(after.named_parameters())
     return [
         {"name": name, "before": list(old.shape), "after": list(new[name].shape)}
-        for name, old in gm.named_parameters()
+        for name, old in before.named_parameters()
         if name in new and old.dim() > 1
     ]
 
@@ -99,6 +99,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         if "exits" in entry:
             console.print(tables.exits(entry["exits"], name))
     console.print(tables.comparison(entries, f"on {report['data'] or 'no data'}, {report['device']}"))
+    if "check" in report:
+        show_check(report["check"], console)
     console.print(f"model: {report['model']}", soft_wrap=True, markup=False, highlight=False)
     if report["onnx"]:
         console.print(f"onnx: {report['onnx']}", soft_wrap=True, markup=False, highlight=False)

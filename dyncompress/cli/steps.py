@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..compress.convert import convert
@@ -21,16 +22,22 @@ from ..runtime.recipe import Convert, Export, Prune, Step
 _RECALIBRATION_BATCHES = 32
 
 
-def check_data(steps: Sequence[Step], data: str | None) -> None:
-    """Raises RequestError when a step needs data and there is none."""
+def check_request(steps: Sequence[Step], data: str | None) -> None:
+    """Raises RequestError for what can be seen before anything is loaded: missing data, files outside the folder."""
     for step in steps:
-        if data is not None or isinstance(step, Export):
-            continue
-        if isinstance(step, Convert):
-            raise RequestError("convert without data is not available yet: give labelled data, such as --data digits")
-        if step.finetune or step.importance == "taylor":
-            option = "finetune" if step.finetune else "importance taylor"
-            raise RequestError(f"{step.name} with {option} needs labelled data: give --data, such as --data digits")
+        if isinstance(step, Export):
+            if Path(step.onnx).name != step.onnx:
+                raise RequestError(f"export: onnx: {step.onnx!r} is not the plain name of a file in the run folder")
+        elif data is None:
+            _check_needs_no_data(step)
+
+
+def _check_needs_no_data(step: Prune | Convert) -> None:
+    if isinstance(step, Convert):
+        raise RequestError("convert without data is not available yet: give labelled data, such as --data digits")
+    if step.finetune or step.importance == "taylor":
+        option = "finetune" if step.finetune else "importance taylor"
+        raise RequestError(f"{step.name} with {option} needs labelled data: give --data, such as --data digits")
 
 
 def check_order(steps: Sequence[Step], model: nn.Module) -> None:
@@ -49,29 +56,27 @@ def result_name(step: Step) -> str:
 
 def take(
     step: Prune | Convert,
-    model: nn.Module,
-    example_inputs: Any,
+    model: fx.GraphModule,
     data: Splits | None,
     *,
     seed: int,
+    device: torch.device,
     work: Path,
     progress: bool,
-) -> nn.Module:
-    """The model that a step makes of `model`, on its device. `work` keeps what an interrupted training resumes from."""
-    common: dict[str, Any] = {"seed": seed, "run_dir": work, "resume": True, "progress": progress}
+) -> fx.GraphModule | DynamicModel:
+    """The model that a step makes of `model`, on the same device; `work` keeps what its training resumes from."""
+    common: dict[str, Any] = {"seed": seed, "device": device, "run_dir": work, "resume": True, "progress": progress}
     if isinstance(step, Prune):
-        return _prune(step, model, example_inputs, data, **common)
+        return _prune(step, model, data, **common)
     assert data is not None
-    return convert(model, example_inputs, data=data, **asdict(step), **common)
+    return convert(model, data=data, **asdict(step), **common)
 
 
-def _prune(
-    step: Prune, model: nn.Module, example_inputs: Any, data: Splits | None, *, seed: int, **training: Any
-) -> nn.Module:
+def _prune(step: Prune, model: fx.GraphModule, data: Splits | None, *, seed: int, **training: Any) -> fx.GraphModule:
     options = {k: v for k, v in asdict(step).items() if k not in ("finetune", "lr", "batch_size")}
     if data is None:
-        return prune(model, example_inputs, **options)
-    small = prune(model, example_inputs, data=data.train, **options)
+        return prune(model, **options)
+    small = prune(model, data=data.train, **options)
     recalibrate_batchnorm(small, data.train, batches=_RECALIBRATION_BATCHES, seed=seed)
     if step.finetune:
         training |= {"epochs": step.finetune, "lr": step.lr, "batch_size": step.batch_size}

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.data import default_collate
 
 from ..compress.batches import call, to_device
 from ..compress.evaluate import logits_of
 from ..errors import RequestError
 from ..model_zoo.data import Splits, load_data
+from ..passes.capture import capture
+from ..runtime.dynamic import DynamicModel
 from ..runtime.recipe import Recipe
 from .models import load_model
 
@@ -19,17 +21,22 @@ _EXAMPLES = 2
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in eval mode, one call's inputs and the data, on `device`. name: for tables and folders.
+    """A model in eval mode, one call's inputs and the data, on `device`.
 
-    trained: False for weights that are random by construction.
+    graph: the captured model, or the trunk of a dynamic one. trained: False where the weights are random.
     """
 
     module: nn.Module
+    graph: fx.GraphModule
     example_inputs: Any
     data: Splits | None
     device: torch.device
-    name: str
     trained: bool
+
+    @property
+    def captured(self) -> fx.GraphModule | DynamicModel:
+        """What steps and exports work on."""
+        return self.module if isinstance(self.module, DynamicModel) else self.graph
 
 
 def load_splits(recipe: Recipe) -> Splits | None:
@@ -38,7 +45,7 @@ def load_splits(recipe: Recipe) -> Splits | None:
 
 
 def prepare(recipe: Recipe, data: Splits | None, *, allow_pickle: bool = False) -> Subject:
-    """Loads the model of a recipe and checks that it fits the data.
+    """Loads the model of a recipe, checks that it fits the data, and captures it.
 
     Raises RequestError for every mistake in the request.
     """
@@ -54,8 +61,9 @@ def prepare(recipe: Recipe, data: Splits | None, *, allow_pickle: bool = False) 
     )
     if data is not None:
         _check_fit(recipe.model, loaded.module, data, samples)
-    inputs = to_device(loaded.example_inputs, device)
-    return Subject(loaded.module.to(device), inputs, data, device, loaded.name, loaded.trained)
+    module, inputs = loaded.module.to(device), to_device(loaded.example_inputs, device)
+    graph = module.trunk if isinstance(module, DynamicModel) else capture(module, inputs)
+    return Subject(module, graph, inputs, data, device, loaded.trained)
 
 
 def pick_device(name: str | None) -> torch.device:

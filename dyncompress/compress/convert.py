@@ -15,20 +15,17 @@ from dataclasses import asdict
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils.data import default_collate
 
 from ..errors import RequestError
 from ..passes.capture import Inputs, capture
 from ..passes.exits import InsertExits
-from ..passes.stages import split_stages
 from ..runtime.dynamic import DynamicModel
-from ..runtime.policy import RULES, ExitPolicy
 from .batches import LabelledData, device_of_model, size_of, split_off, to_device, unpack
-from .calibrate import calibrate_exits
-from .distill import UNLABELLED, SelfDistillation
+from .choose import check_goal, choose_policy
+from .distill import SelfDistillation
 from .evaluate import collect_logits
-from .thresholds import OperatingPoint, ThresholdSearch
 from .trainer import Epoch, fit, training_device
 
 _CALIBRATION_SHARE = 0.15  # of a data set that comes without splits
@@ -89,7 +86,9 @@ def convert(
         RequestError: wrong arguments or data, no place for the exits, or thresholds that do what is asked do not exist.
         DynCompressError: the training failed.
     """
-    _check(rule, max_loss, macs, trunk_lr)
+    check_goal(rule, max_loss, macs)
+    if trunk_lr <= 0:
+        raise RequestError(f"trunk_lr is {trunk_lr}: give a positive share of lr, or freeze the trunk")
     splits = _divided(data, seed) if data is not None else None
     if example_inputs is None:
         if splits is None:
@@ -105,7 +104,7 @@ def convert(
         return dynamic
     train, calibration = splits
     device = torch.device(device) if device is not None else training_device()
-    before = collect_logits(dynamic, calibration, device=device)
+    (*_, static_logits), _ = collect_logits(dynamic, calibration, device=device)
     history = train_exits(
         dynamic,
         train,
@@ -126,7 +125,7 @@ def convert(
         rule=rule,
         max_loss=max_loss,
         macs=macs,
-        static_accuracy=_accuracy(before[0][-1], before[1]),
+        static_logits=static_logits,
         device=device,
     )
     _note(dynamic, {"history": [asdict(epoch) for epoch in history], **report})
@@ -157,77 +156,6 @@ def train_exits(
             parameter.requires_grad = True
 
 
-def choose_policy(
-    dynamic: DynamicModel,
-    calibration: LabelledData,
-    *,
-    rule: str = "max-softmax",
-    max_loss: float = 0.005,
-    macs: float | None = None,
-    static_accuracy: float | None = None,
-    device: torch.device | str | None = None,
-) -> dict[str, Any]:
-    """Calibrates the exits and sets `dynamic.policy`; needs no training, so another budget is one call away.
-
-    Args:
-        calibration: labelled samples that the weights have not been trained on.
-        static_accuracy: what `max_loss` counts from; None = the final exit's on the calibration set.
-        rule, max_loss, macs: see `convert`.
-
-    Returns:
-        What was measured, as plain numbers and lists: static, final and chosen accuracy and MACs, the exits, the curve.
-
-    Raises:
-        RequestError: no labelled samples, or thresholds that do what is asked do not exist.
-    """
-    _check(rule, max_loss, macs)
-    logits, labels = collect_logits(dynamic, calibration, device=device)
-    known = labels != UNLABELLED
-    logits, labels = tuple(z[known] for z in logits), labels[known]
-    final_accuracy = _accuracy(logits[-1], labels)
-    static_accuracy = final_accuracy if static_accuracy is None else static_accuracy
-    calibrations = calibrate_exits(logits, labels)
-    temperatures = tuple(c.temperature for c in calibrations[:-1])
-    stages = split_stages(dynamic.trunk)
-    search = ThresholdSearch(
-        [z / t for z, t in zip(logits, (*temperatures, 1.0), strict=True)],
-        labels,
-        [stage.macs for stage in stages],
-        [stage.head_macs for stage in stages[:-1]],
-        rule,
-    )
-    static_macs = dynamic.static_macs
-    point = search.for_accuracy(static_accuracy - max_loss) if macs is None else search.for_macs(macs * static_macs)
-    dynamic.policy = ExitPolicy(rule, point.thresholds, temperatures)
-    return {
-        "samples": len(labels),
-        "static": {"accuracy": static_accuracy, "macs": static_macs},
-        "final": {"accuracy": final_accuracy},
-        "dynamic": {"accuracy": point.accuracy, "mean_macs": point.mean_macs},
-        "exits": [
-            {"at": at, "accuracy_of_all": _accuracy(z, labels), "share": share, **asdict(c)}
-            for at, z, share, c in zip([*dynamic.exits, "output"], logits, point.shares, calibrations, strict=True)
-        ],
-        "policy": dynamic.policy.to_dict(),
-        "curve": [_brief(p) for p in search.curve()],
-    }
-
-
-def _brief(point: OperatingPoint) -> dict[str, float]:
-    return {"mean_macs": point.mean_macs, "accuracy": point.accuracy}
-
-
-def _check(rule: str, max_loss: float, macs: float | None, trunk_lr: float = 0.0) -> None:
-    if rule not in RULES:
-        raise RequestError(f"unknown exit rule {rule!r}; the rules are: {', '.join(RULES)}")
-    if not 0 <= max_loss < 1:
-        raise RequestError(f"max_loss is {max_loss}: give the accuracy that may be lost, e.g. 0.005 for half a point")
-    if macs is not None and not 0 < macs <= 1:
-        raise RequestError(f"macs is {macs}: give a share of the static model's MACs, e.g. 0.5")
-    if trunk_lr < 0:
-        raise RequestError(f"trunk_lr is {trunk_lr}: give the trunk's learning rate as a share of lr, e.g. 0.1")
-
-
 def _divided(data: HasSplits | LabelledData, seed: int) -> tuple[LabelledData, LabelledData]:
     if isinstance(data, HasSplits):
         size_of(data.calibration, "calibration")
@@ -247,11 +175,6 @@ def _with_exits(model: nn.Module, example: Inputs, exits: int | Sequence[str], s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return InsertExits(places)(capture(model, example)).gm
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    known = labels != UNLABELLED
-    return float((logits.argmax(-1) == labels)[known].double().mean())
 
 
 def _note(dynamic: DynamicModel, report: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ the grid is exact. One exit's threshold at a time is then moved to its best plac
 fixed, until nothing improves.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,9 +76,34 @@ class ThresholdSearch:
         self.sign, self.worst = (1.0, 0.0) if RULES[rule].high_leaves else (-1.0, -1.0)
         scores = [self.sign * RULES[rule].score(z).double().cpu().numpy() for z in logits[:-1]]
         self.scores: Floats = np.stack(scores)
-        self.exits, self.samples = self.scores.shape
-        levels = max(2, int(_TABLE_SIZE ** (1 / self.exits)))
-        self._grid = [self._candidates(s, levels - 1) for s in self.scores]
+
+    def subset(self, rows: Ints) -> "ThresholdSearch":
+        """The same search on some of the samples only."""
+        part = copy.copy(self)
+        for name in ("_grid", "_tables"):  # are the whole set's
+            part.__dict__.pop(name, None)
+        part.right, part.scores = self.right[:, rows], self.scores[:, rows]
+        return part
+
+    @property
+    def samples(self) -> int:
+        """The number of samples."""
+        return self.scores.shape[1]
+
+    @property
+    def exits(self) -> int:
+        """The number of early exits."""
+        return self.scores.shape[0]
+
+    @property
+    def best_accuracy(self) -> float:
+        """The highest accuracy (0..1) that any thresholds reach."""
+        return float(self._tables[0].max() / self.samples)
+
+    def right_with(self, thresholds: Sequence[float | None]) -> Floats:
+        """Whether each sample is answered rightly under these thresholds: (N,) of 0 and 1."""
+        inner = np.array([np.inf if t is None else self.sign * t for t in thresholds])
+        return self.right[self._leave_at(inner), np.arange(self.samples)]
 
     def for_accuracy(self, accuracy: float) -> OperatingPoint:
         """The least mean MACs with at least this accuracy (0..1).
@@ -86,11 +112,10 @@ class ThresholdSearch:
             RequestError: no thresholds reach it; the message says what is possible.
         """
         need = accuracy * self.samples - 1e-6
-        best = self._tables[0].max()
-        if best < need:
+        if self.best_accuracy * self.samples < need:
             raise RequestError(
                 f"no thresholds reach an accuracy of {accuracy:.4f} on the calibration set, the best is "
-                f"{best / self.samples:.4f}: allow a larger loss or train longer"
+                f"{self.best_accuracy:.4f}: allow a larger loss or train longer"
             )
         return self._search(lambda right, macs: (np.where(right >= need, macs, np.inf), -right))
 
@@ -119,6 +144,11 @@ class ThresholdSearch:
         return [self._point(self._on_grid(order[i])) for i in dict.fromkeys(cheapest.tolist())]
 
     # --- every combination on a grid --------------------------------------------------------------------------------
+
+    @cached_property
+    def _grid(self) -> list[Floats]:
+        levels = max(2, int(_TABLE_SIZE ** (1 / self.exits)))
+        return [self._candidates(s, levels - 1) for s in self.scores]
 
     def _candidates(self, scores: Floats, count: int) -> Floats:
         """At most `count` ascending thresholds between neighbouring scores, at quantiles; the first lets all leave."""

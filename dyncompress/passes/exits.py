@@ -11,12 +11,14 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RequestError
 from .blocks import CutPoint, cut_points
-from .cost import count_macs
-from .heads import HEADS, VectorHead, head_spec, spec_macs
+from .cost import count_macs, count_parameters
+from .heads import HEADS, VectorHead, head_spec
 from .result import GraphPass, PassResult
 from .typing import Typing, type_graph
+from .unstack import unstack_recurrent
 
 _LEAST_REST = 0.05  # an exit that saves less than this share of the MACs is not worth its head
+_HEAD_MACS, _HEAD_PARAMETERS = 0.005, 0.1  # shares of the model up to which a head may read a finer grid
 _DETOUR = 0.1  # share of the MACs that an exit may be off its place so that only one tensor crosses there
 
 
@@ -33,7 +35,8 @@ class InsertExits(GraphPass):
     """Adds early exits: a head after each of some cut points.
 
     1. `exits` a number: at equal shares of the MACs, k/(exits + 1), each at the nearest place left;
-    2. `exits` node names: after exactly these nodes.
+    2. `exits` node names: after exactly these nodes;
+    3. a recurrent module of several layers is unstacked first (see `unstack`), so that an exit can follow any of them.
 
     The heads become the modules ``exits.0``, ``exits.1``, ...; the graph's output becomes the plain tuple of every
     exit's (batch, classes) logits, the model's own last; `gm.meta["exits"]` lists the nodes that the exits follow.
@@ -54,8 +57,8 @@ class InsertExits(GraphPass):
     def rewrite(self, gm: fx.GraphModule) -> PassResult:
         if hasattr(gm, "exits"):
             raise RequestError("the model already has a module named 'exits'; insert all exits in one pass")
+        logits, unstacked = find_logits(gm), unstack_recurrent(gm)
         types, total = type_graph(gm), count_macs(gm)
-        logits = find_logits(gm)
         classes = logits.meta["val"].shape[1]
         places = exit_places(gm, types, classes)
         if isinstance(self.exits, int):
@@ -69,11 +72,11 @@ class InsertExits(GraphPass):
                 "path": place.point.node.meta.get("path", ""),
                 "share": place.point.macs / total,
                 "head": place.spec,
-                "head_macs": spec_macs(place.spec),
+                "head_macs": head.macs_per_sample,
             }
-            for place in chosen
+            for place, head in zip(chosen, gm.get_submodule("exits").children(), strict=True)
         ]
-        return PassResult(gm, True, {"exits": report, "macs": total})
+        return PassResult(gm, True, {"exits": report, "macs": total, "unstacked": unstacked})
 
 
 def find_logits(gm: fx.GraphModule) -> fx.Node:
@@ -119,17 +122,21 @@ def _named_logits(gm: fx.GraphModule) -> fx.Node | None:
 
 def exit_places(gm: fx.GraphModule, types: Typing, classes: int) -> list[Place]:
     """Every cut point whose tensor a head can read, in graph order."""
-    specs = ((point, head_spec(types, point.node, classes)) for point in cut_points(gm, types))
+    most_weights = int(min(_HEAD_MACS * count_macs(gm), _HEAD_PARAMETERS * count_parameters(gm)))
+    specs = ((p, head_spec(types, p.node, classes, most_weights)) for p in cut_points(gm, types))
     return [Place(point, spec) for point, spec in specs if spec is not None]
 
 
 def _at_equal_shares(places: list[Place], count: int, total: int) -> list[Place]:
     usable = _one_per_cost([p for p in places if 0 < p.point.macs <= (1 - _LEAST_REST) * total])
+    if not usable:
+        raise RequestError(
+            f"exits={count}: the model has no place for an exit, that is no features with the batch as their first dim "
+            f"before the last {_LEAST_REST:.0%} of its MACs"
+        )
     if len(usable) < count:
         names = ", ".join(p.point.node.name for p in usable)
-        raise RequestError(
-            f"exits={count}: the model has {len(usable)} places for an exit" + (f" ({names})" if names else "")
-        )
+        raise RequestError(f"exits={count}: the model has room for {len(usable)} ({names}); ask for fewer")
     chosen: list[Place] = []
     first = 0
     for k in range(count):

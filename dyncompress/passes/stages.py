@@ -7,7 +7,6 @@ reach the modules and parameters of the whole graph through their child `trunk`,
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -53,7 +52,9 @@ def without_exits(gm: fx.GraphModule) -> fx.GraphModule:
         if node.op == "output":
             graph.output(copies[node.args[0][-1]])
         elif node not in heads:
-            copies[node] = _copy_node(graph, node, copies.__getitem__)
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.op in {"call_module", "get_attr"}:
+                copies[node].target = f"trunk.{node.target}"
     return _body(gm, graph)
 
 
@@ -116,7 +117,7 @@ def _stage_graph(flow: Flow, inputs: Iterable[fx.Node], nodes: list[fx.Node], ou
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
-        copies[node] = _copy_node(graph, node, copies.__getitem__, placeholder=True)
+        copies[node] = _like(node, graph.create_node("placeholder", node.name, name=node.name))
     anchor = next(copies[n] for n in inputs if flow.per_sample(n))
 
     def fetch(node: fx.Node) -> fx.Node:
@@ -127,32 +128,22 @@ def _stage_graph(flow: Flow, inputs: Iterable[fx.Node], nodes: list[fx.Node], ou
 
     for node in nodes:
         if node not in flow.remade:
-            copies[node] = _copy_node(graph, node, fetch)
+            copies[node] = graph.node_copy(node, fetch)
     graph.output(tuple(copies[n] for n in outputs))
     return graph
 
 
 def _remake(graph: fx.Graph, node: fx.Node, anchor: fx.Node, fetch: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    if node.target not in (aten.sym_size.int, device_of):
-        return _copy_node(graph, node, fetch)
-    args: tuple[Any, ...] = (anchor,) if node.target is device_of else (anchor, 0)
-    made = graph.create_node("call_function", node.target, args, name=node.name)
+    if node.target is device_of:
+        return _like(node, graph.create_node("call_function", device_of, (anchor,), name=node.name))
+    if node.target is aten.sym_size.int:
+        return _like(node, graph.create_node("call_function", node.target, (anchor, 0), name=node.name))
+    return graph.node_copy(node, fetch)
+
+
+def _like(node: fx.Node, made: fx.Node) -> fx.Node:
     made.meta = dict(node.meta)
     return made
-
-
-def _copy_node(
-    graph: fx.Graph, node: fx.Node, fetch: Callable[[fx.Node], fx.Node], placeholder: bool = False
-) -> fx.Node:
-    """A copy under the same name; module and parameter paths lead through `trunk`."""
-    if placeholder:
-        copied = graph.create_node("placeholder", node.name, name=node.name)
-        copied.meta = dict(node.meta)
-        return copied
-    copied = graph.node_copy(node, fetch)
-    if node.op in {"call_module", "get_attr"}:
-        copied.target = f"trunk.{node.target}".replace("trunk.trunk.", "trunk.", 1)
-    return copied
 
 
 def _body(trunk: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

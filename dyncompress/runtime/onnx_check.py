@@ -1,0 +1,158 @@
+"""Holds an exported file to PyTorch: the same logits, exits and MACs in onnxruntime on batches of several sizes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..errors import DynCompressError
+from .dynamic import DynamicModel, Prediction
+from .onnx_samples import call_flat
+from .policy import RULES
+
+BATCHES = (1, 3, 64)
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """|onnxruntime - PyTorch| <= atol + rtol * |PyTorch|."""
+
+    rtol: float
+    atol: float
+
+    def allows(self, got: Tensor, wanted: Tensor) -> bool:
+        return torch.allclose(got.double(), wanted.double(), self.rtol, self.atol)
+
+    def __str__(self) -> str:
+        return f"rtol={self.rtol:g}, atol={self.atol:g}"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Largest absolute error by batch size, and how many samples left at each exit (static: none)."""
+
+    max_error: dict[int, float]
+    exits: list[int]
+
+
+def check_file(
+    path: Path, model: DynamicModel | fx.GraphModule, batch: Callable[[int], list[Any]], tolerance: Tolerance
+) -> Agreement:
+    """Runs the file and the model on the same batches.
+
+    Args:
+        path: the ONNX file.
+        model: what it was exported from, on the CPU, in evaluation mode.
+        batch: makes the flat inputs of that many samples.
+        tolerance: for outputs, and for scores beside their threshold.
+
+    Raises:
+        DynCompressError: onnxruntime cannot run the file, or its results are not PyTorch's.
+    """
+    session = _session(path)
+    max_error: dict[int, float] = {}
+    exits = torch.zeros(len(model.exits) + 1 if isinstance(model, DynamicModel) else 0, dtype=torch.int64)
+    for n in BATCHES:
+        flat = batch(n)
+        got = _run(session, flat, n)
+        if isinstance(model, DynamicModel):
+            max_error[n] = _compare_predictions(model, flat, got, tolerance, n)
+            exits += torch.bincount(got["exit_index"], minlength=len(exits))
+        else:
+            max_error[n] = _compare_outputs(model, flat, got, tolerance, n)
+    return Agreement(max_error, exits.tolist())
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what is wrong is raised, not printed
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise DynCompressError(f"onnxruntime cannot load the exported model: {_first_line(error)}") from error
+
+
+def _run(session: onnxruntime.InferenceSession, flat: list[Any], n: int) -> Results:
+    tensors = [x.numpy() for x in flat if isinstance(x, Tensor)]
+    feed = dict(zip((i.name for i in session.get_inputs()), tensors, strict=True))
+    try:
+        results = session.run(None, feed)
+    except Exception as error:
+        raise DynCompressError(
+            f"onnxruntime fails on the exported model at batch size {n}: {_first_line(error)}"
+        ) from error
+    return {o.name: torch.as_tensor(r) for o, r in zip(session.get_outputs(), results, strict=True)}
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _in_torch(function: Callable[..., Any], gm: fx.GraphModule, flat: list[Any]) -> Any:
+    """What PyTorch itself makes of a batch."""
+    try:
+        with torch.no_grad():
+            return call_flat(function, gm, flat)
+    except Exception as error:
+        raise DynCompressError(
+            f"the model fails in PyTorch on the samples to check its file on: {_first_line(error)}; give it samples of "
+            "your own as inputs="
+        ) from error
+
+
+def _compare_outputs(gm: fx.GraphModule, flat: list[Any], got: Results, tolerance: Tolerance, n: int) -> float:
+    wanted = [x for x in pytree.tree_leaves(_in_torch(gm, gm, flat)) if isinstance(x, Tensor)]
+    errors = [
+        _error(got[name], value, tolerance, f"output '{name}'", n) for name, value in zip(got, wanted, strict=True)
+    ]
+    return max(errors)
+
+
+def _compare_predictions(model: DynamicModel, flat: list[Any], got: Results, tolerance: Tolerance, n: int) -> float:
+    wanted: Prediction = _in_torch(model.predict, model.trunk, flat)
+    same = got["exit_index"] == wanted.exit_index
+    if not same.all():
+        _excuse(model, flat, torch.nonzero(~same).flatten().tolist(), got["exit_index"], wanted, tolerance, n)
+    if not torch.equal(got["macs"][same], wanted.macs[same]):
+        raise DynCompressError(f"the ONNX file counts other MACs than PyTorch at batch size {n}")
+    return _error(got["logits"][same], wanted.logits[same], tolerance, "logits", n)
+
+
+def _error(got: Tensor, wanted: Tensor, tolerance: Tolerance, what: str, n: int) -> float:
+    """The largest absolute error."""
+    if got.shape != wanted.shape:
+        raise DynCompressError(
+            f"the ONNX file disagrees with PyTorch at batch size {n}: {what} has shape {tuple(got.shape)} instead of "
+            f"{tuple(wanted.shape)}"
+        )
+    error = float((got.double() - wanted.double()).abs().max()) if got.numel() else 0.0
+    if not tolerance.allows(got, wanted):
+        raise DynCompressError(
+            f"the ONNX file disagrees with PyTorch at batch size {n}: {what} off by {error:.3g} "
+            f"(allowed: {tolerance}); loosen rtol= or atol=, or check it on your own data with inputs="
+        )
+    return error
+
+
+def _excuse(
+    model: DynamicModel, flat: list[Any], rows: list[int], got: Tensor, wanted: Prediction, tolerance: Tolerance, n: int
+) -> None:
+    """A sample may leave elsewhere when its score is as good as equal to the threshold."""
+    policy, all_logits = model.policy, _in_torch(model.all_logits, model.trunk, flat)
+    for row in rows:
+        k = min(int(got[row]), int(wanted.exit_index[row]))
+        threshold = policy.thresholds[k]
+        score = RULES[policy.rule].score(all_logits[k][row : row + 1].float() / policy.temperatures[k])
+        if threshold is None or not tolerance.allows(score, torch.full_like(score, threshold)):
+            raise DynCompressError(
+                f"the ONNX file disagrees with PyTorch at batch size {n}: sample {row} leaves at exit {int(got[row])} "
+                f"instead of {int(wanted.exit_index[row])}, its score {float(score):.6g} off the threshold {threshold}"
+            )

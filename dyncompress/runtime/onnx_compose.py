@@ -1,0 +1,122 @@
+"""Segments joined into one ONNX graph in which samples leave early.
+
+    stage 0 -> logits z, bool stay
+    index = NonZero(stay)
+    If(index is not empty)  then  Gather the rows `index` of what crosses -> stage 1 -> ... (nested likewise)
+                                  ScatterND its logits and exit indices over those of stage 0
+                            else  those of stage 0 as they are
+
+The branch that is not taken is not computed, and in the one that is every operator sees the rows that stay.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from .onnx_build import ModelBuilder, Scope
+from .onnx_segments import Segment
+
+_ANSWER = ("logits", "exit_index")
+
+
+def compose(inputs: Sequence[str], segments: list[Segment], exit_macs: Sequence[int], opset: int) -> ir.Model:
+    """The dynamic model as one ONNX model.
+
+    Args:
+        inputs: the user's names of the first segment's inputs.
+        segments: early first.
+        exit_macs: MACs per sample of every exit, switched off or not, the end last.
+        opset: of all the segments.
+
+    Raises:
+        RequestError: an input has the name of an output.
+    """
+    first = segments[0]
+    builder = ModelBuilder(list(zip(inputs, first.graph.inputs, strict=True)))
+    crossing = dict(zip(first.inputs, builder.inputs, strict=True))
+    logits, exit_index = _answer(builder, segments, 0, crossing, builder.outside)
+    costs = builder.constant("exits/macs_of", exit_macs)
+    macs = builder.outside.op("Gather", [costs, exit_index], "exits/macs", like=exit_index)
+    return builder.model([("logits", logits), ("exit_index", exit_index), ("macs", macs)], opset)
+
+
+def compose_static(inputs: Sequence[str], graph: ir.Graph, outputs: Sequence[str], opset: int) -> ir.Model:
+    """A traced graph as an ONNX model whose inputs and outputs have the given names.
+
+    Raises:
+        RequestError: an input has the name of an output.
+    """
+    builder = ModelBuilder(list(zip(inputs, graph.inputs, strict=True)))
+    results = builder.inline(graph, builder.inputs, builder.outside, "stage0")
+    return builder.model(list(zip(outputs, results, strict=True)), opset)
+
+
+def _answer(
+    builder: ModelBuilder, segments: list[Segment], i: int, crossing: Mapping[str, ir.Value], scope: Scope
+) -> list[ir.Value]:
+    """Logits (M, C) and exit indices (M,) of the M samples that reach segment `i`, computed in `scope`."""
+    segment = segments[i]
+    results = builder.inline(segment.graph, [crossing[n] for n in segment.inputs], scope, f"stage{i}")
+    z = results[len(segment.outputs)]
+    here = [z, _exit_number(builder, scope, z, segment.exit, f"stage{i}/exit")]
+    if i + 1 == len(segments):
+        return here
+    live = {**crossing, **dict(zip(segment.outputs, results, strict=False))}
+    return _answer_or_go_on(builder, segments, i, live, here, results[-1], scope)
+
+
+def _answer_or_go_on(
+    builder: ModelBuilder, segments: list[Segment], i: int, live: Mapping[str, ir.Value], here: list[ir.Value],
+    stay: ir.Value, scope: Scope,
+) -> list[ir.Value]:  # fmt: skip
+    """What segment `i` answers, overwritten for the samples that stay by what comes after it."""
+    prefix = f"stage{i}/exit"
+    found = scope.op("NonZero", [stay], f"{prefix}/staying")
+    index = scope.op("Reshape", [found, builder.constant("exits/flat", [-1])], f"{prefix}/index")
+    count = scope.op("Size", [index], f"{prefix}/count")
+    anyone = scope.op("Greater", [count, builder.constant("exits/nobody", 0)], f"{prefix}/anyone")
+    branches = {
+        "then_branch": _deeper(builder, segments, i + 1, live, here, index),
+        "else_branch": _unchanged(here, f"stage{i}/all_leave"),
+    }
+    node = ir.node("If", [anyone], branches, num_outputs=len(here), name=f"{prefix}/if")
+    scope.nodes.append(node)
+    for what, value, mine in zip(_ANSWER, node.outputs, here, strict=True):
+        value.name, value.type, value.shape = f"{prefix}/{what}", mine.type, mine.shape
+    return list(node.outputs)
+
+
+def _deeper(
+    builder: ModelBuilder, segments: list[Segment], i: int, live: Mapping[str, ir.Value], here: list[ir.Value],
+    index: ir.Value,
+) -> ir.Graph:  # fmt: skip
+    """The branch where segment `i` and what follows run on the rows `index`."""
+    scope, prefix = Scope(), f"stage{i}"
+    crossing = {
+        name: scope.op("Gather", [live[name], index], f"{prefix}/in/{name}", {"axis": 0}, like=live[name])
+        if name in segments[i - 1].per_sample
+        else live[name]
+        for name in segments[i].inputs
+    }
+    answer = _answer(builder, segments, i, crossing, scope)
+    rows = scope.op("Unsqueeze", [index, builder.constant("exits/axis_1", [1])], f"{prefix}/out/rows")
+    merged = [
+        scope.op("ScatterND", [mine, rows, theirs], f"{prefix}/out/{what}", like=mine)
+        for what, mine, theirs in zip(_ANSWER, here, answer, strict=True)
+    ]
+    return scope.graph(merged, prefix)
+
+
+def _unchanged(here: list[ir.Value], prefix: str) -> ir.Graph:
+    scope = Scope()
+    kept = [scope.op("Identity", [v], f"{prefix}/{what}", like=v) for what, v in zip(_ANSWER, here, strict=True)]
+    return scope.graph(kept, prefix)
+
+
+def _exit_number(builder: ModelBuilder, scope: Scope, z: ir.Value, number: int, prefix: str) -> ir.Value:
+    """int64 (M,): the number of this exit for each of the M rows of `z`."""
+    rows = scope.op("Shape", [z], f"{prefix}/rows", {"start": 0, "end": 1})
+    filled = scope.op("Expand", [builder.constant(f"exits/number_{number}", number), rows], f"{prefix}/number")
+    filled.type = ir.TensorType(ir.DataType.INT64)
+    filled.shape = None if z.shape is None else ir.Shape([z.shape[0]])
+    return filled

@@ -1,0 +1,152 @@
+"""What runs between two live exits, traced to ONNX: exits that are switched off leave no trace in the file."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import DynCompressError
+from ..passes.stages import Stage, split_stages
+from .dynamic import DynamicModel
+from .onnx_recurrent import use_onnx_layers
+from .onnx_samples import call_flat
+from .onnx_trace import Value, trace
+from .policy import ExitPolicy
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A traced piece of a dynamic model that ends at exit number `exit`.
+
+    `graph` takes the values named `inputs` and gives those named `outputs`, then the logits (M, C) and, but for the
+    last segment, bool (M,): who stays. `per_sample` are the values of both that have one row per sample.
+    """
+
+    graph: ir.Graph
+    exit: int
+    inputs: list[str]
+    outputs: list[str]
+    per_sample: set[str]
+
+
+class _Piece(nn.Module):
+    """The stages up to a live exit, its head and its rule, as one module of positional tensors."""
+
+    def __init__(
+        self, stages: list[Stage], inputs: list[str], fixed: dict[str, Any], policy: ExitPolicy, k: int
+    ) -> None:
+        super().__init__()
+        self.bodies, self.head = nn.ModuleList(s.body for s in stages), stages[-1].head
+        self.stages, self.inputs, self.fixed, self.policy, self.k = stages, inputs, fixed, policy, k
+        last = stages[-1]
+        self.outputs = [] if last.head is None else [n for n in last.outputs if n not in stages[0].inputs]
+
+    def forward(self, *given: Value) -> tuple[Value, ...]:
+        values: dict[str, Any] = {**self.fixed, **dict(zip(self.inputs, given, strict=True))}
+        for stage, body in zip(self.stages, self.bodies, strict=True):
+            values.update(zip(stage.outputs, body(*(values[n] for n in stage.inputs)), strict=True))
+        z = values[self.stages[-1].at]
+        if self.head is None:
+            return (z,)
+        z = self.head(z)
+        return (*(values[n] for n in self.outputs), z, ~self.policy.leaves(self.k, z))
+
+
+def trace_segments(model: DynamicModel, flat: Sequence[Any], opset: int) -> list[Segment]:
+    """The segments of a dynamic model, early first.
+
+    Args:
+        model: in evaluation mode; its recurrent layers are replaced.
+        flat: example values of the graph's inputs, at least two samples.
+
+    Raises:
+        DynCompressError: a segment cannot be exported.
+    """
+    stages = split_stages(model.trunk)  # while the layers can still be typed
+    use_onnx_layers(model.trunk)
+    values = dict(zip(stages[0].inputs, flat, strict=True))
+    dynamic = _free_dims(model.trunk)
+    segments, begin = [], 0
+    for k, last in enumerate(stages):
+        if last.head is not None and not model.policy.is_on(k):
+            continue
+        segments.append(_segment(stages[begin : k + 1], model.policy, k, values, dynamic, opset))
+        begin = k + 1
+    return segments
+
+
+def _segment(
+    stages: list[Stage], policy: ExitPolicy, k: int,
+    values: dict[str, Any], dynamic: dict[str, list[int] | None], opset: int,
+) -> Segment:  # fmt: skip
+    """Traces the stages up to exit `k`; adds what they give to `values` and `dynamic`."""
+    needed = stages[0].inputs
+    inputs = {n: values[n] for n in needed if n in dynamic}
+    piece = _Piece(stages, list(inputs), {n: values[n] for n in needed if n not in dynamic}, policy, k)
+    traced = trace(piece, inputs, dynamic, opset)
+    with torch.no_grad():
+        results = piece(*inputs.values())
+    for name, value, varies in zip(piece.outputs, results, traced.dynamic, strict=False):
+        if not isinstance(value, Tensor | int):
+            raise DynCompressError(f"'{name}', a {type(value).__name__}, passes an exit and has no ONNX form")
+        values[name], dynamic[name] = value, varies
+    last = stages[-1]
+    per_sample = {n for n, has_batch in zip(last.outputs, last.per_sample, strict=True) if has_batch}
+    return Segment(traced.graph, k, list(inputs), piece.outputs, per_sample)
+
+
+def _free_dims(gm: fx.GraphModule) -> dict[str, list[int] | None]:
+    """By name, the dims of every tensor input that vary."""
+    return {spec["name"]: list(spec["dynamic"]) for spec in gm.meta["inputs"] if "dynamic" in spec}
+
+
+# --- static models -----------------------------------------------------------------------------------------------
+
+
+class _Static(nn.Module):
+    """A captured graph as a module of positional tensors."""
+
+    def __init__(self, gm: fx.GraphModule, flat: Sequence[Any]) -> None:
+        super().__init__()
+        self.trunk, self.flat = gm, flat
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(given)
+        flat = [next(rest) if isinstance(x, Tensor) else x for x in self.flat]
+        return tuple(x for x in pytree.tree_leaves(call_flat(self.trunk, self.trunk, flat)) if isinstance(x, Tensor))
+
+
+def trace_static(gm: fx.GraphModule, flat: Sequence[Any], opset: int) -> tuple[ir.Graph, list[str]]:
+    """The graph of a model without exits, and the names of its outputs.
+
+    Args:
+        gm: in evaluation mode; its recurrent layers are replaced.
+        flat: example values of the graph's inputs, at least two samples.
+
+    Raises:
+        DynCompressError: it cannot be exported.
+    """
+    names = output_names(gm)
+    use_onnx_layers(gm)
+    inputs = {s["name"]: x for s, x in zip(gm.meta["inputs"], flat, strict=True) if isinstance(x, Tensor)}
+    return trace(_Static(gm, flat), inputs, _free_dims(gm), opset).graph, names
+
+
+def output_names(gm: fx.GraphModule) -> list[str]:
+    """A name for each tensor that a graph returns: its key there, else `output_0`, ...; a lone one (N, C): `logits`."""
+    returned, spec = gm.graph.output_node().args[0], gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    output = returned if spec is None else pytree.tree_unflatten(pytree.tree_leaves(returned), spec)
+    names = []
+    for path, node in pytree.tree_flatten_with_path(output)[0]:
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if not isinstance(value, Tensor):
+            continue
+        keys = re.findall(r"\w+", pytree.keystr(path))
+        lone = "logits" if value.dim() == 2 else "output"
+        names.append("_".join(["output", *keys] if keys[:1] and keys[0].isdigit() else keys or [lone]))
+    return names
