@@ -28,7 +28,7 @@ def keep_counts(types: Typing, small: fx.GraphModule, twins: Twins, keep: Mappin
             shrunk.setdefault(statistic.node, []).append(statistic.dim)
     for old, new in twins:
         if old.name in shrunk and old.op == "call_module":
-            _replace_norm(types, small, old, keep)
+            _replace_norm(types, small, old)
         elif old.name in shrunk and op_name(old) == "mean":
             _rescale(new, math.prod(new_size(dim, keep) / dim.size for dim in shrunk[old.name]))
         elif old.name in shrunk and op_name(old) not in {"sum", "linalg_vector_norm", "norm"}:
@@ -42,22 +42,26 @@ def _rescale(node: fx.Node, ratio: float) -> None:
     scaled.meta = dict(node.meta)
 
 
-def _replace_norm(types: Typing, small: fx.GraphModule, old: fx.Node, keep: Mapping[Atom, Tensor]) -> None:
+def _replace_norm(types: Typing, small: fx.GraphModule, old: fx.Node) -> None:
     path = str(old.target)
     before: Any = types.gm.get_submodule(path)
     now: Any = small.get_submodule(path)
-    settings: dict[str, Any] = {"eps": now.eps, "weight": now.weight is not None}
-    settings["bias"] = getattr(now, "bias", None) is not None
-    counted: nn.Module
-    if isinstance(before, nn.GroupNorm):
-        per_group = before.num_channels // before.num_groups
-        counted = CountedGroupNorm([now.num_channels], per_group, **settings, num_groups=now.num_groups)
-    elif isinstance(before, nn.LayerNorm | nn.RMSNorm):
-        kind = CountedLayerNorm if isinstance(before, nn.LayerNorm) else CountedRMSNorm
-        counted = kind(list(now.normalized_shape), math.prod(before.normalized_shape), **settings)
-    else:
-        return  # already counted
+    if isinstance(before, CountedGroupNorm | CountedLayerNorm | CountedRMSNorm):
+        return
+    if not isinstance(before, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
+        raise RequestError(f"exact=True cannot keep the count inside {path} ({type(before).__name__}); use exact=False")
+    counted = _counted(before, now)
     for name, tensor in now._parameters.items():
         counted._parameters[name] = tensor
     parent, _, name = path.rpartition(".")
     small.get_submodule(parent).add_module(name, counted.train(now.training))
+
+
+def _counted(before: Any, now: Any) -> nn.Module:
+    settings: dict[str, Any] = {"eps": now.eps, "weight": now.weight is not None}
+    settings["bias"] = getattr(now, "bias", None) is not None
+    if isinstance(before, nn.GroupNorm):
+        per_group = before.num_channels // before.num_groups
+        return CountedGroupNorm([now.num_channels], per_group, **settings, num_groups=now.num_groups)
+    kind = CountedLayerNorm if isinstance(before, nn.LayerNorm) else CountedRMSNorm
+    return kind(list(now.normalized_shape), math.prod(before.normalized_shape), **settings)

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from .counted import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
 from .dims import Atom, new_size
+from .heads import ExitHead, ImageHead, TokenHead
 from .ragged import RaggedRecurrent
 from .typing import Typing
 
@@ -29,6 +30,8 @@ def resize_modules(types: Typing, small: fx.GraphModule, keep: Mapping[Atom, Ten
             module.normalized_shape = tuple(new_size(d, keep) for d in shape)
         elif isinstance(module, nn.PReLU):
             module.num_parameters = len(module.weight)
+        elif isinstance(module, ExitHead):
+            _head(module)
         elif isinstance(module, nn.RNNBase | RaggedRecurrent):
             _recurrent(types, node, small, module, keep)
 
@@ -45,6 +48,16 @@ def _channels(types: Typing, node: fx.Node, module: Any, keep: Mapping[Atom, Ten
         module.num_groups, module.num_channels = new_size(types.groups[node], keep), channels
     else:
         module.num_features = channels
+
+
+def _head(head: Any) -> None:
+    width = head.linear.in_features = head.linear.weight.shape[1]
+    if isinstance(head, ImageHead):
+        head.channels = width // head.grid**2
+    else:
+        head.features = width
+    if isinstance(head, TokenHead):
+        head.norm.normalized_shape = (width,)
 
 
 def _recurrent(types: Typing, node: fx.Node, small: fx.GraphModule, module: Any, keep: Mapping[Atom, Tensor]) -> None:

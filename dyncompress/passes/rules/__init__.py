@@ -5,6 +5,7 @@ from . import (
     conv,
     elementwise,
     factory,
+    heads,
     indexing,
     joins,
     linear,
@@ -16,6 +17,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "conv", "elementwise", "factory", "indexing", "joins",
+    "attention", "conv", "elementwise", "factory", "heads", "indexing", "joins",
     "linear", "norm", "recurrent", "reduce", "spatial", "views",
 ]  # fmt: skip
