@@ -7,17 +7,15 @@ Scores are divided by their axis' mean, so that axes of different fan-in can be 
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
-from ..errors import RequestError
 from ..passes.axes import Axis
-from ..passes.capture import split_inputs
 from ..passes.typing import attribute
+from .batches import LabelledData, call, device_of_model, in_order, placed, size_of
+from .evaluate import logits_of
 
 PerElement = Callable[[Tensor], Tensor]
 
@@ -41,34 +39,26 @@ def l2_scores(gm: fx.GraphModule, axes: Iterable[Axis]) -> dict[str, Tensor]:
 
 
 def taylor_scores(
-    gm: fx.GraphModule, axes: Iterable[Axis], data: Dataset, batches: int = 8, batch_size: int = 64
+    gm: fx.GraphModule, axes: Iterable[Axis], data: LabelledData, batches: int = 8, batch_size: int = 64
 ) -> dict[str, Tensor]:
     """First-order estimate of how much the loss would change without each group, by axis name.
 
     Args:
         data: labelled samples (input, label); the loss is the mean cross-entropy of the first `batches` batches.
     """
-    training = gm.training
-    gm.eval().zero_grad()
-    loader = DataLoader(data, batch_size)
-    for _, (inputs, labels) in zip(range(batches), loader, strict=False):
-        args, kwargs = split_inputs(inputs)
-        F.cross_entropy(_logits(gm(*args, **kwargs)), labels).backward()
-    scores = {axis.name: group_sums(gm, axis, _weight_times_gradient).abs() for axis in axes}
-    gm.zero_grad()
-    gm.train(training)
+    size_of(data, "importance")
+    device = device_of_model(gm)
+    with placed(gm, device):
+        gm.eval().zero_grad()
+        for _, (inputs, labels) in zip(range(batches), in_order(data, batch_size, device), strict=False):
+            F.cross_entropy(logits_of(call(gm, inputs)), labels).backward()
+        scores = {axis.name: group_sums(gm, axis, _weight_times_gradient).abs() for axis in axes}
+        gm.zero_grad()
     return scores
 
 
 def _weight_times_gradient(weight: Tensor) -> Tensor:
     return torch.zeros_like(weight) if weight.grad is None else weight * weight.grad
-
-
-def _logits(output: Any) -> Tensor:
-    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
-    if not isinstance(found, Tensor) or found.dim() != 2:
-        raise RequestError("Taylor importance needs a model that returns (batch, classes) logits")
-    return found
 
 
 def normalised(scores: Tensor) -> Tensor:

@@ -21,14 +21,15 @@ def use_onnx_layers(gm: fx.GraphModule) -> None:
     """Replaces, in place, every recurrent layer of `gm` by one that can only be exported."""
     for path, module in list(gm.named_modules()):
         if isinstance(module, nn.RNNBase | RaggedRecurrent):
-            gm.set_submodule(path, OnnxRecurrent(module))
+            gm.set_submodule(path, OnnxRecurrent(path, module))
 
 
 class OnnxRecurrent(nn.Module):
     """Called like the layer it is made from; its arithmetic exists in ONNX only."""
 
-    def __init__(self, layer: nn.RNNBase | RaggedRecurrent) -> None:
+    def __init__(self, path: str, layer: nn.RNNBase | RaggedRecurrent) -> None:
         super().__init__()
+        self.path = path
         self.mode, self.batch_first, self.num_layers = str(layer.mode), bool(layer.batch_first), int(layer.num_layers)
         self.directions = 2 if layer.bidirectional else 1
         for at in range(self.num_layers * self.directions):
@@ -54,7 +55,7 @@ class OnnxRecurrent(nn.Module):
         w, r, b = (getattr(self, f"{name}_{at}") for name in "wrb")
         project = getattr(self, f"project_{at}", None)
         if project is not None and hx is not None:
-            raise DynCompressError("ONNX has no projected LSTM that starts from a given state; let it start from zero")
+            raise DynCompressError(f"ONNX has no projected LSTM that starts from a given state, as '{self.path}' does")
         given = () if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
         attrs: dict[str, Any] = {"hidden_size": r.shape[-1], "direction": "reverse" if direction else "forward"}
         if self.mode == "GRU":

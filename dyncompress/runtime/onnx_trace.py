@@ -4,7 +4,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -93,20 +93,19 @@ def _explain(module: nn.Module, program: ExportedProgram | None, error: Exceptio
     if found is None or program is None:
         reason = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(error).__name__)
         return f"the model cannot be exported to ONNX: {reason}"
-    op = found[1]
-    where = _user_path(module, program, op)
+    op, where = _origin(module, program, found[1])
     return f"ONNX export has no translation of {op}" + (f", called in '{where}'" if where else "")
 
 
-def _user_path(module: nn.Module, program: ExportedProgram, op: str) -> str:
-    """The dotted name, in the user's model, of the module that calls `op`."""
-    graphs: Sequence[fx.Graph] = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
-    for graph in graphs:
+def _origin(module: nn.Module, program: ExportedProgram, op: str) -> tuple[str, str]:
+    """The operator of the user's model that `op` is, or is part of, and the dotted name of the module that calls it."""
+    name = op.split(".")[1]
+    for graph in (m.graph for m in module.modules() if isinstance(m, fx.GraphModule)):
         for node in graph.nodes:
-            if str(node.target) == op and node.meta.get("path"):
-                return str(node.meta["path"])
+            if name in str(node.target) and node.op == "call_function":
+                return str(node.target), str(node.meta.get("path", ""))
     for node in program.graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        if str(node.target) == op and stack:
-            return str(stack[-1][0]).rpartition("trunk.")[2]
-    return ""
+        if name in str(node.target) and stack:
+            return str(node.target), f".{stack[-1][0]}".rpartition(".trunk.")[2]
+    return op, ""
