@@ -62,7 +62,7 @@ def trained() -> nn.Module:
 
 @cache
 def converted() -> DynamicModel:
-    return convert(trained(), exits=2, data=digits(), epochs=4, lr=0.02, trunk_lr=0.5, batch_size=64, **QUIET)
+    return convert(trained(), exits=2, data=digits(), epochs=4, batch_size=64, **QUIET)
 
 
 def info(model: DynamicModel) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def test_a_frozen_trunk_stays_bit_for_bit() -> None:
     static = trained()
     static[0][0].weight.requires_grad = False  # the user's own choice, not to be undone
     try:
-        model = convert(static, exits=2, data=digits(), epochs=1, batch_size=64, freeze_trunk=True, **QUIET)
+        model = convert(static, exits=2, data=digits(), epochs=1, batch_size=64, **QUIET)
     finally:
         static[0][0].weight.requires_grad = True
     state = model.trunk.state_dict()
@@ -148,7 +148,8 @@ def test_a_frozen_trunk_stays_bit_for_bit() -> None:
 
 def test_the_seed_decides_everything() -> None:
     first, again, other = (
-        convert(trained(), exits=2, data=digits(), epochs=1, batch_size=100, seed=seed, **QUIET) for seed in (3, 3, 4)
+        convert(trained(), exits=2, data=digits(), epochs=1, batch_size=100, seed=seed, freeze_trunk=False, **QUIET)
+        for seed in (3, 3, 4)
     )
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
     assert first.policy == again.policy
@@ -171,7 +172,17 @@ def test_an_interrupted_conversion_resumes_exactly(tmp_path: Path) -> None:
 
     def run(after: int, **options: Any) -> DynamicModel:
         data = Data(Interrupted(after), digits().calibration, digits().test)
-        return convert(trained(), torch.zeros(1, 1, 8, 8), 2, data=data, epochs=2, batch_size=100, **options, **QUIET)
+        return convert(
+            trained(),
+            torch.zeros(1, 1, 8, 8),
+            2,
+            data=data,
+            epochs=2,
+            batch_size=100,
+            freeze_trunk=False,
+            **options,
+            **QUIET,
+        )
 
     with pytest.raises(KeyboardInterrupt, match="after 1 of 2 epochs"):
         run(1500, run_dir=tmp_path)
@@ -240,7 +251,9 @@ class Sentences(Dataset):
 def test_token_models_with_named_or_positional_inputs(as_dict: bool) -> None:
     torch.manual_seed(0)
     data = Sentences(as_dict)
-    model = convert(Tokens(), exits=2, data=data, epochs=8, lr=0.02, trunk_lr=1.0, batch_size=50, **QUIET)
+    model = convert(
+        Tokens(), exits=2, data=data, epochs=8, lr=0.02, trunk_lr=1.0, freeze_trunk=False, batch_size=50, **QUIET
+    )
     result = evaluate(model, data)
     assert result.accuracy > 0.95
     assert result.mean_macs is not None and result.mean_macs < 0.9 * model.static_macs
@@ -252,9 +265,9 @@ def test_token_models_with_named_or_positional_inputs(as_dict: bool) -> None:
         ({"rule": "margin"}, "rule"),
         ({"max_loss": -0.1}, "max_loss"),
         ({"macs": 1.5}, "macs"),
-        ({"trunk_lr": -1.0}, "trunk_lr"),
+        ({"trunk_lr": -1.0, "freeze_trunk": False}, "trunk_lr"),
         ({"epochs": 0}, "epochs"),
-        ({"exits": 50}, "places for an exit"),
+        ({"exits": 50}, "exits=50"),
         ({"data": None, "example_inputs": None}, "example_inputs"),
         ({"data": TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0))}, "empty"),
         ({"data": TensorDataset(torch.zeros(2, 1, 8, 8), torch.zeros(2))}, "too few"),
@@ -270,4 +283,6 @@ def test_accuracy_that_cannot_be_kept_is_refused() -> None:
     flipped = TensorDataset(digits().train.tensors[0], (digits().train.tensors[1] + 1) % 10)  # type: ignore[attr-defined]
     data = Data(flipped, digits().calibration, digits().test)
     with pytest.raises(RequestError, match="the best is"):
-        convert(trained(), exits=1, data=data, epochs=1, lr=0.02, trunk_lr=1.0, batch_size=64, **QUIET)
+        convert(
+            trained(), exits=1, data=data, epochs=1, lr=0.02, trunk_lr=1.0, freeze_trunk=False, batch_size=64, **QUIET
+        )

@@ -26,18 +26,19 @@ def static_right(logits: list[Tensor], labels: Tensor) -> Tensor:
 def test_equals_a_plain_cross_validation() -> None:
     (logits, labels), max_loss = draw(203, 0), 0.05
     right = static_right(logits, labels)
-    folds = torch.randperm(203, generator=torch.Generator().manual_seed(0)).tensor_split(5)
+    random = np.random.default_rng(0)
+    orders = [random.permutation(203) for _ in range(4)]
     allowed = [0.0]
     for slack in np.linspace(0, max_loss, 11):
-        lost = []
-        for fold in folds:
+        lost = np.zeros(203)
+        for fold in (part for order in orders for part in np.array_split(order, 5)):
             rest = [i for i in range(203) if i not in set(fold.tolist())]
             search = ThresholdSearch([z[rest] for z in logits], labels[rest], STAGES, HEADS)
             thresholds = search.for_accuracy(min(right[rest].double().mean().item() - slack, search.best_accuracy))
             for i in fold.tolist():
                 sure = [k for k, t in enumerate(thresholds.thresholds) if t and logits[k][i].softmax(-1).max() >= t]
                 answer = logits[sure[0] if sure else 2][i].argmax()
-                lost.append(float(right[i]) - float(answer == labels[i]))
+                lost[i] += (float(right[i]) - float(answer == labels[i])) / 4
         if np.mean(lost) + np.std(lost) / np.sqrt(203) <= max_loss:
             allowed.append(slack)
     assert held_out_slack(ThresholdSearch(logits, labels, STAGES, HEADS), right, max_loss) == pytest.approx(allowed[-1])
@@ -46,10 +47,10 @@ def test_equals_a_plain_cross_validation() -> None:
 def test_unseen_samples_keep_to_the_loss() -> None:
     unseen = draw(40_000, 99)
     judge = ThresholdSearch(*unseen, STAGES, HEADS)
-    static, max_loss = static_right(*unseen).double().mean().item(), 0.02
+    static, max_loss = static_right(*unseen).double().mean().item(), 0.03
     naive, safe = [], []
-    for seed in range(8):
-        logits, labels = draw(800, seed)
+    for seed in range(5):
+        logits, labels = draw(400, seed)
         search = ThresholdSearch(logits, labels, STAGES, HEADS)
         right = static_right(logits, labels)
         slack = held_out_slack(search, right, max_loss)
@@ -57,7 +58,7 @@ def test_unseen_samples_keep_to_the_loss() -> None:
             thresholds = search.for_accuracy(right.double().mean().item() - allowed).thresholds
             losses.append(static - judge.right_with(thresholds).mean())
     assert np.mean(safe) < max_loss < np.mean(naive)
-    assert sum(loss > max_loss for loss in safe) <= 2 < sum(loss > max_loss for loss in naive)
+    assert sum(loss > max_loss for loss in safe) <= 1 < sum(loss > max_loss for loss in naive)
 
 
 def test_a_tiny_calibration_set_gives_nothing_away() -> None:

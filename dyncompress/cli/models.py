@@ -13,7 +13,7 @@ import ast
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def load_model(
     arch: str | None = None,
     allow_pickle: bool = False,
     input_shape: tuple[int, ...] | None = None,
-    samples: Tensor | None = None,
+    samples: Any = None,
 ) -> LoadedModel:
     """The model that SPEC names, on the CPU.
 
@@ -63,7 +63,8 @@ def load_model(
         arch: the architecture that a state dict fills: a MODEL that is no file.
         allow_pickle: whether a file may be unpickled, which runs code from it.
         input_shape: shape of one float32 sample, without the batch; wins over every other example.
-        samples: samples of the data source (B, ...); win over the default of an architecture, not over a file's own.
+        samples: the first inputs of the data source, as one batch; they win over the usual ones of an architecture,
+            not over those that a file was saved with.
 
     Raises:
         RequestError: SPEC is no model, the file is damaged or needs --arch, weights do not fit or are not finite,
@@ -91,7 +92,7 @@ class _Found:
     trained: bool = True
 
 
-def _example(spec: str, found: _Found, input_shape: tuple[int, ...] | None, samples: Tensor | None) -> Any:
+def _example(spec: str, found: _Found, input_shape: tuple[int, ...] | None, samples: Any) -> Any:
     if input_shape is not None:
         return torch.rand(2, *input_shape)
     for example in (found.saved, samples, found.usual):
@@ -108,29 +109,40 @@ def _is_file(spec: str) -> bool:
 
 
 def short_name(spec: str) -> str:
+    """A word for tables and folders: the file or model without its folder, ending and options."""
     if _is_file(spec):
         return Path(spec).name.partition(".")[0] or "model"
     return Path(spec.partition(":")[2].partition("(")[0]).name
 
 
 def _from_file(path: Path, arch: str | None, allow_pickle: bool) -> _Found:
-    kind = files.kind_of(path)
-    if kind == "export":
-        module, example = files.read_export(path, allow_pickle)
-        return _Found(module, saved=example)
-    if kind == "safetensors" and "dyncompress" in files.safetensors_metadata(path):
-        module = checkpoint.load(path)
-        return _Found(module, saved=example_of(module))
-    content = files.read_safetensors(path) if kind == "safetensors" else files.read_torch(path, allow_pickle)
-    if isinstance(content, nn.Module):
-        return _Found(content)
+    found = _read(path, allow_pickle)
+    if isinstance(found, _Found):
+        if arch is not None:
+            raise RequestError(f"--arch goes with a state dict, and {path} holds a whole model: leave --arch out")
+        return found
     if arch is None:
         raise RequestError(f"{path} is a state dict: name its architecture with --arch, such as --arch timm:resnet18")
     if _is_file(arch):
         raise RequestError(f"--arch {arch} is a file: name an architecture, such as zoo:NAME or package.module:factory")
-    found = _architecture(arch)
-    _fill(path, arch, found.module, content)
-    return found
+    empty = _architecture(arch)
+    _fill(path, arch, empty.module, found)
+    return replace(empty, trained=True)
+
+
+def _read(path: Path, allow_pickle: bool) -> _Found | dict[str, Tensor]:
+    """The whole model in a file, or its state dict."""
+    kind = files.kind_of(path)
+    if kind == "export":
+        module, example = files.read_export(path, allow_pickle)
+        return _Found(module, saved=example)
+    if kind == "safetensors":
+        if "dyncompress" not in files.safetensors_metadata(path):
+            return files.read_safetensors(path)
+        module = checkpoint.load(path)
+        return _Found(module, saved=example_of(module))
+    content = files.read_torch(path, allow_pickle)
+    return _Found(content) if isinstance(content, nn.Module) else content
 
 
 def _from_source(spec: str) -> _Found:

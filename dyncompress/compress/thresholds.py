@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import RequestError
 from ..runtime.policy import RULES
 
-_TABLE_SIZE = 1_000_000  # combinations of thresholds counted at once
+_TABLE_SIZE = 250_000  # combinations of thresholds counted at once
 _MAX_EXITS = 16
 
 Floats = npt.NDArray[np.float64]

@@ -41,7 +41,7 @@ class _Piece(nn.Module):
         self, stages: list[Stage], inputs: list[str], fixed: dict[str, Any], policy: ExitPolicy, k: int
     ) -> None:
         super().__init__()
-        self.bodies, self.head = nn.ModuleList(s.body for s in stages), stages[-1].head
+        self.bodies = nn.ModuleList(s.body for s in stages)
         self.stages, self.inputs, self.fixed, self.policy, self.k = stages, inputs, fixed, policy, k
         last = stages[-1]
         self.outputs = [] if last.head is None else [n for n in last.outputs if n not in stages[0].inputs]
@@ -50,10 +50,10 @@ class _Piece(nn.Module):
         values: dict[str, Any] = {**self.fixed, **dict(zip(self.inputs, given, strict=True))}
         for stage, body in zip(self.stages, self.bodies, strict=True):
             values.update(zip(stage.outputs, body(*(values[n] for n in stage.inputs)), strict=True))
-        z = values[self.stages[-1].at]
-        if self.head is None:
+        z, head = values[self.stages[-1].at], self.stages[-1].head
+        if head is None:
             return (z,)
-        z = self.head(z)
+        z = head(z)
         return (*(values[n] for n in self.outputs), z, ~self.policy.leaves(self.k, z))
 
 
