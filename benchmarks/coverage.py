@@ -3,8 +3,8 @@
     python benchmarks/coverage.py [SOURCE:NAME ...]      writes benchmarks/coverage.json
 
 A model passes when half of every prunable axis can be removed and the smaller model returns the right shapes.
-`oracle` is the largest difference between the masked and the shrunk model (exact mode), relative to the effect of the
-pruning, in float64.
+`oracle` is the largest difference between the masked and the shrunk model (exact mode), relative to `effect`, what the
+mask changes in the output, in float64.
 """
 
 import json
@@ -20,6 +20,7 @@ from model_list import MODELS, build
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dyncompress import RequestError
 from dyncompress.passes.axes import infer_axes
 from dyncompress.passes.capture import capture, split_inputs
 from dyncompress.passes.cost import count_macs
@@ -62,21 +63,27 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def _oracle(gm: Any, keep: dict[str, list[int]], args: Any, kwargs: Any) -> dict[str, Any]:
-    """On one sample, in float64; in float32 where the model writes float32 into its own code."""
+    """In float64, on one sample; in float32 where the model writes float32 into its own code."""
+    with torch.no_grad():  # statistics of real activations: with the initial ones a deep random network is all zero
+        gm.train()(*args, **kwargs)
     args, kwargs = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) else x, (args, kwargs))
     try:
-        return {"oracle": _masked_gap(gm.double(), keep, *pytree.tree_map(_double, (args, kwargs))), "in": "float64"}
+        doubled = pytree.tree_map(_double, (args, kwargs))
+        return {**_masked_gap(gm.eval().double(), keep, *doubled), "in": "float64"}
+    except RequestError as error:
+        return {"oracle": None, "oracle_reason": str(error)}
     except RuntimeError as error:
         if "double" not in str(error):
             raise
-        return {"oracle": _masked_gap(gm.float(), keep, args, kwargs), "in": "float32"}
+        return {**_masked_gap(gm.float(), keep, args, kwargs), "in": "float32"}
 
 
-def _masked_gap(gm: Any, keep: dict[str, list[int]], args: Any, kwargs: Any) -> float:
+def _masked_gap(gm: Any, keep: dict[str, list[int]], args: Any, kwargs: Any) -> dict[str, float]:
     with torch.no_grad():
         full = gm(*args, **kwargs)
         masked, small = mask(gm, keep)(*args, **kwargs), shrink(gm, keep, exact=True)(*args, **kwargs)
-    return _gap(masked, small) / max(_gap(full, masked), 1e-12)
+    effect = _gap(full, masked)
+    return {"oracle": _gap(masked, small) / effect, "effect": effect}
 
 
 def _double(leaf: Any) -> Any:

@@ -14,7 +14,7 @@ from ..errors import DynCompressError, RequestError
 from ..passes.capture import Inputs
 from ..passes.copying import deep_copy
 from .dynamic import DynamicModel
-from .onnx_check import Tolerance, check_file
+from .onnx_check import BATCHES, Tolerance, check_file
 from .onnx_compose import compose, compose_static
 from .onnx_samples import call_flat, given_inputs, random_inputs
 from .onnx_segments import trace_segments, trace_static
@@ -22,7 +22,7 @@ from .onnx_trace import quiet
 
 _LEAST_OPSET = 18
 _SINGLE_FILE_BYTES = 2_000_000_000  # protobuf holds 2 GiB; the rest is for the graph
-_EXAMPLES = 3
+_TRACED_SAMPLES = 3  # any number but 0 and 1, which torch.export takes for constants
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,10 +82,10 @@ def export_onnx(
     def batch(n: int) -> list[Any]:
         if inputs is not None:
             return given_inputs(gm, inputs, n)
-        return random_inputs(gm, n, shorter=n == _EXAMPLES)  # a length other than the traced one
+        return random_inputs(gm, n, shorter=n == BATCHES[1])  # also at another length than traced
 
     batch(1)  # what is wrong with the user's inputs shows before the work starts
-    made = _to_onnx(copied, random_inputs(gm, _EXAMPLES), opset)
+    made = _to_onnx(copied, random_inputs(gm, _TRACED_SAMPLES), opset)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         written = _write(made, Path(folder) / path.name)
         agreement = check_file(written[0], copied, batch, Tolerance(rtol, atol))
@@ -94,6 +94,10 @@ def export_onnx(
             os.replace(file, path.parent / file.name)
     names_in, names_out = ([str(v.name) for v in values] for values in (made.graph.inputs, made.graph.outputs))
     return OnnxReport(path, names_in, names_out, opset, agreement.max_error, agreement.exits, size)
+
+
+def _data_of(path: Path) -> Path:
+    return path.with_name(path.name + ".data")
 
 
 def _check_request(model: DynamicModel | fx.GraphModule, path: Path, opset: int, overwrite: bool) -> None:
@@ -106,8 +110,9 @@ def _check_request(model: DynamicModel | fx.GraphModule, path: Path, opset: int,
         raise RequestError(f"the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise RequestError(f"{path} is a folder; give the name of a file in it")
-    if path.exists() and not overwrite:
-        raise RequestError(f"{path} exists; choose another name or pass overwrite=True")
+    for file in (path, _data_of(path)):
+        if file.exists() and not overwrite:
+            raise RequestError(f"{file} exists; choose another name or pass overwrite=True")
     newest = onnx.defs.onnx_opset_version()
     if not _LEAST_OPSET <= opset <= newest:
         raise RequestError(f"opset={opset}: give one from {_LEAST_OPSET} to {newest}")
@@ -143,7 +148,7 @@ def _write(model: ir.Model, path: Path) -> list[Path]:
     """Saves and checks the model; its file and, for large ones, that of its weights."""
     tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
     weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    data = path.with_name(path.name + ".data") if weights > _SINGLE_FILE_BYTES else None
+    data = _data_of(path) if weights > _SINGLE_FILE_BYTES else None
     with quiet():
         ir.save(model, path, format="protobuf", external_data=data and data.name, size_threshold_bytes=1024)
     try:

@@ -68,7 +68,7 @@ def _varies(node: Any) -> list[int] | None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Exporters print, log and warn about their own internals; nothing of it concerns the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -94,7 +94,7 @@ def _explain(module: nn.Module, program: ExportedProgram | None, error: Exceptio
         reason = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(error).__name__)
         return f"the model cannot be exported to ONNX: {reason}"
     op, where = _origin(module, program, found[1])
-    return f"ONNX export has no translation of {op}" + (f", called in '{where}'" if where else "")
+    return f"ONNX export cannot translate {op}" + (f", called in '{where}'" if where else "")
 
 
 def _origin(module: nn.Module, program: ExportedProgram, op: str) -> tuple[str, str]:

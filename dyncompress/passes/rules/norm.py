@@ -18,6 +18,9 @@ def _per_channel(x: Dims, tensors: list[Dims]) -> Dims:
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
 def batch_norm(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
+    x = t.of(a["input"])
+    if a.get("training") or a.get("use_input_stats"):  # a weight standardised by a call, say
+        t.statistic(node, x[2:] if "use_input_stats" in a else (x[0], *x[2:]))
     named = [a.get(n) for n in ("weight", "bias", "running_mean", "running_var")]
     return _per_channel(t.of(a["input"]), [t.of(n) for n in named])
 
