@@ -49,8 +49,8 @@ def test_unseen_samples_keep_to_the_loss() -> None:
     judge = ThresholdSearch(*unseen, STAGES, HEADS)
     static, max_loss = static_right(*unseen).double().mean().item(), 0.03
     naive, safe = [], []
-    for seed in range(5):
-        logits, labels = draw(400, seed)
+    for seed in range(6):
+        logits, labels = draw(600, seed)
         search = ThresholdSearch(logits, labels, STAGES, HEADS)
         right = static_right(logits, labels)
         slack = held_out_slack(search, right, max_loss)

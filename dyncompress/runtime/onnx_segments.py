@@ -94,10 +94,15 @@ def _segment(
     for name, value, varies in zip(piece.outputs, results, traced.dynamic, strict=False):
         if not isinstance(value, Tensor | int):
             raise DynCompressError(f"'{name}', a {type(value).__name__}, passes an exit and has no ONNX form")
-        values[name], dynamic[name] = value, varies
+        values[name], dynamic[name] = _own_memory(value), varies
     last = stages[-1]
     per_sample = {n for n, has_batch in zip(last.outputs, last.per_sample, strict=True) if has_batch}
     return Segment(traced.graph, k, list(inputs), piece.outputs, per_sample)
+
+
+def _own_memory(value: Value) -> Value:
+    """torch.export would state facts about the tensor that a view is a view of."""
+    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 
 
 def _free_dims(gm: fx.GraphModule) -> dict[str, list[int] | None]:
