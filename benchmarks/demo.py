@@ -1,6 +1,6 @@
 """Runs `dyncompress demo` and times its model with all exits off against the static one, side by side.
 
-    python benchmarks/demo.py [--threads 2]      writes benchmarks/demo.json
+python benchmarks/demo.py [--threads 2]      writes benchmarks/demo.json
 """
 
 import argparse

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exit_models import CASES, call, graph, graph_with_exits
+from exit_models import CASES, Layer, call, graph, graph_with_exits
 from torch import Tensor, nn
 
 import dyncompress.runtime.onnx_export as onnx_export_module
@@ -184,6 +184,34 @@ def test_recurrent_layers_run_at_any_length(file_of: Any) -> None:
 def test_no_samples_give_no_answers(file_of: Any) -> None:
     got = run(file_of("resnet")[0], torch.zeros(0, 3, 16, 16))
     assert {k: v.shape for k, v in got.items()} == {"logits": (0, 10), "exit_index": (0,), "macs": (0,)}
+
+
+class Positions(nn.Module):
+    """What crosses its exit are a length, and a causal mask that is a view of a larger one and has no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place, self.fc = nn.Embedding(30, 16), nn.Embedding(64, 16), nn.Linear(16, 4)
+        self.layers = nn.ModuleList(Layer(16, 4) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        place = torch.arange(ids.shape[1], device=ids.device)
+        causal = place[:, None] >= place
+        x = self.layers[0](self.embed(ids) + self.place(place), causal)[:, :-1]
+        return self.fc(self.layers[1](x, causal[:-1, :-1]).mean(1)) / math.sqrt(ids.shape[1])
+
+
+def test_what_has_no_batch_crosses_an_exit_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = InsertExits(1)(capture(Positions(), torch.randint(0, 30, (2, 9)))).gm
+    ids = torch.randint(0, 30, (20, 12))
+    confidence = torch.softmax(DynamicModel(made).all_logits(ids)[0], 1).amax(1).sort().values
+    model = DynamicModel(made, ExitPolicy("max-softmax", (float(confidence[9:11].mean()),)))
+    export_onnx(model, tmp_path / "a.onnx")
+    wanted, got = model.predict(ids), run(tmp_path / "a.onnx", ids)
+    assert got["exit_index"].tolist() == wanted.exit_index.tolist()
+    assert set(got["exit_index"].tolist()) == {0, 1}
+    np.testing.assert_allclose(got["logits"], wanted.logits.numpy(), rtol=1e-4, atol=1e-5)
 
 
 # --- skipped work is skipped -------------------------------------------------------------------------------------
