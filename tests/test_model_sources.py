@@ -253,9 +253,9 @@ def test_state_dict_needs_the_right_architecture(small: nn.Module, tmp_path: Pat
     assert "1 missing (fc.bias)" in says
     assert "1 unknown (other)" in says
     assert "is a file" in refused(path, arch="x.pt")
-    assert "no file" in refused(ARCH, arch=ARCH)
+    assert "is a whole model" in refused(ARCH, arch=ARCH)
     save_checkpoint(small, tmp_path / "whole")
-    assert "holds a whole model" in refused(tmp_path / "whole", arch=ARCH)
+    assert "is a whole model" in refused(tmp_path / "whole", arch=ARCH)
 
 
 def test_nan_weights(small: nn.Module, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ app = App(
     name="dyncompress",
     help="Turns a trained, static PyTorch network into a smaller one, a dynamic one, or both.",
     help_format="plaintext",
-    default_parameter=Parameter(negative=()),
+    default_parameter=Parameter(negative_iterable=()),
     suppress_keyboard_interrupt=False,
 )
 

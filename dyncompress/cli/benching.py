@@ -22,7 +22,7 @@ def bench_models(recipes: Sequence[Recipe], console: Console, *, allow_pickle: b
     Raises RequestError for every mistake in the request.
     """
     data = load_splits(recipes[0])
-    subjects = [prepare(recipe, data, allow_pickle=allow_pickle) for recipe in recipes]
+    subjects = [prepare(recipe, data, allow_pickle=allow_pickle, one_of_many=len(recipes) > 1) for recipe in recipes]
     example = subjects[0].example_inputs
     for recipe, subject in zip(recipes, subjects, strict=True):
         _check_takes(recipe.model, subject, example)

@@ -11,7 +11,7 @@ from ..errors import RequestError
 from ..runtime.recipe import Convert, Export, Prune, Recipe, Step, read_recipe
 from .app import app, printing
 from .folders import choose_folder
-from .options import DataOptions, FolderOptions, JsonFlag, ModelOptions
+from .options import DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions
 
 app.version = __version__
 
@@ -38,8 +38,7 @@ def demo(
         seed: Seed of every random number.
         device: Such as cpu, cuda or cuda:1; by default a GPU where there is one.
     """
-    # A frozen trunk trains three times as fast, and the final exit stays exactly the static model.
-    steps: tuple[Step, ...] = (Convert(exits=3, epochs=2, lr=1e-2, freeze_trunk=True), Export())
+    steps: tuple[Step, ...] = (Convert(exits=3), Export())
     recipe = Recipe(model="zoo:vgg-digits", data="digits", seed=seed, device=device, steps=steps)
     _run("demo", recipe, folder, json)
 
@@ -80,7 +79,7 @@ def run(
     /,
     *,
     set: tuple[str, ...] = (),
-    allow_pickle: bool = False,
+    allow_pickle: Flag = False,
     folder: Annotated[FolderOptions, Flat] = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
@@ -140,7 +139,7 @@ def export(
     *,
     source: Annotated[ModelOptions, Flat] = _SOURCE,
     data: str | None = None,
-    overwrite: bool = False,
+    overwrite: Flag = False,
     json: JsonFlag = False,
 ) -> None:
     """Writes a model as one ONNX file and checks it in onnxruntime against PyTorch.

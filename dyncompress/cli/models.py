@@ -55,6 +55,7 @@ def load_model(
     allow_pickle: bool = False,
     input_shape: tuple[int, ...] | None = None,
     samples: Any = None,
+    one_of_many: bool = False,
 ) -> LoadedModel:
     """The model that SPEC names, on the CPU.
 
@@ -65,17 +66,15 @@ def load_model(
         input_shape: shape of one float32 sample, without the batch; wins over every other example.
         samples: the first inputs of the data source, as one batch; they win over the usual ones of an architecture,
             not over those that a file was saved with.
+        one_of_many: arch may be meant for another model than this one.
 
     Raises:
-        RequestError: SPEC is no model, the file is damaged or needs --arch, weights do not fit or are not finite,
-            or nothing says which inputs the model takes.
+        RequestError: SPEC is no model, the file is damaged, needs --arch or has no use for it, the weights do not fit
+            or are not finite, or nothing says which inputs the model takes.
     """
-    if _is_file(spec):
-        found = _from_file(Path(spec), arch, allow_pickle)
-    elif arch is not None:
-        raise RequestError(f"--arch goes with a state dict, and {spec} is no file: leave --arch out")
-    else:
-        found = _from_source(spec)
+    found = _from_file(Path(spec), arch, allow_pickle) if _is_file(spec) else _from_source(spec)
+    if arch is not None and not (found.filled or one_of_many):
+        raise RequestError(f"--arch goes with a state dict, and {spec} is a whole model: leave --arch out")
     _check_finite(spec, found.module)
     return LoadedModel(
         found.module.eval(), _example(spec, found, input_shape, samples), short_name(spec), found.trained
@@ -84,12 +83,17 @@ def load_model(
 
 @dataclass(frozen=True)
 class _Found:
-    """A module; the inputs it was saved with, which bind; the inputs its architecture usually takes, which do not."""
+    """A module, and what is known of it.
+
+    saved: the inputs it was saved with, which bind; usual: the inputs its architecture takes by default, which do not.
+    filled: whether its weights come from a state dict.
+    """
 
     module: nn.Module
     saved: Any = None
     usual: Any = None
     trained: bool = True
+    filled: bool = False
 
 
 def _example(spec: str, found: _Found, input_shape: tuple[int, ...] | None, samples: Any) -> Any:
@@ -118,8 +122,6 @@ def short_name(spec: str) -> str:
 def _from_file(path: Path, arch: str | None, allow_pickle: bool) -> _Found:
     found = _read(path, allow_pickle)
     if isinstance(found, _Found):
-        if arch is not None:
-            raise RequestError(f"--arch goes with a state dict, and {path} holds a whole model: leave --arch out")
         return found
     if arch is None:
         raise RequestError(f"{path} is a state dict: name its architecture with --arch, such as --arch timm:resnet18")
@@ -127,7 +129,7 @@ def _from_file(path: Path, arch: str | None, allow_pickle: bool) -> _Found:
         raise RequestError(f"--arch {arch} is a file: name an architecture, such as zoo:NAME or package.module:factory")
     empty = _architecture(arch)
     _fill(path, arch, empty.module, found)
-    return replace(empty, trained=True)
+    return replace(empty, trained=True, filled=True)
 
 
 def _read(path: Path, allow_pickle: bool) -> _Found | dict[str, Tensor]:

@@ -8,6 +8,8 @@ from cyclopts import Parameter
 
 from ..errors import RequestError
 
+Flag = Annotated[bool, Parameter(negative=())]  # off unless given, so that it needs no --no-...
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -15,7 +17,7 @@ class ModelOptions:
 
     arch: str | None = None
     """Architecture of a state dict: zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME or package.module:factory."""
-    allow_pickle: bool = False
+    allow_pickle: Flag = False
     """Unpickle a file that holds a whole module; that runs code from the file."""
     input_shape: Annotated[str | None, Parameter(show_default=False)] = None
     """Shape of one input without the batch, such as 3,224,224; only needed where nothing else tells."""
@@ -49,12 +51,12 @@ class FolderOptions:
 
     out: Path | None = None
     """Run folder; by default a fresh one, runs/COMMAND-MODEL-N."""
-    resume: bool = False
+    resume: Flag = False
     """Continue the interrupted run in the folder (by default the last of its kind), or start one."""
-    overwrite: bool = False
+    overwrite: Flag = False
     """Replace the run in --out."""
 
 
 JsonFlag = Annotated[
-    bool, Parameter(name="--json", help="Print one JSON object on standard output and nothing else there.")
+    Flag, Parameter(name="--json", help="Print one JSON object on standard output and nothing else there.")
 ]

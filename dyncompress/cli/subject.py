@@ -44,8 +44,10 @@ def load_splits(recipe: Recipe) -> Splits | None:
     return load_data(recipe.data, recipe.seed) if recipe.data is not None else None
 
 
-def prepare(recipe: Recipe, data: Splits | None, *, allow_pickle: bool = False) -> Subject:
+def prepare(recipe: Recipe, data: Splits | None, *, allow_pickle: bool = False, one_of_many: bool = False) -> Subject:
     """Loads the model of a recipe, checks that it fits the data, and captures it.
+
+    one_of_many: the architecture may be meant for another model than this one.
 
     Raises RequestError for every mistake in the request.
     """
@@ -58,6 +60,7 @@ def prepare(recipe: Recipe, data: Splits | None, *, allow_pickle: bool = False) 
         allow_pickle=allow_pickle,
         input_shape=recipe.input_shape,
         samples=samples,
+        one_of_many=one_of_many,
     )
     if data is not None:
         _check_fit(recipe.model, loaded.module, data, samples)

@@ -61,16 +61,16 @@ class Convert:
 
     exits: int | tuple[str, ...] = 3
     """How many early exits, or the graph nodes that they follow."""
-    epochs: int = 5
+    epochs: int = 4
     """Passes over the training split."""
-    lr: float = 2e-3
+    lr: float = 1e-2
     """Peak learning rate of the new heads."""
-    trunk_lr: float = 0.1
-    """Learning rate of the trained layers, as a share of lr."""
+    trunk_lr: float = 0.01
+    """Learning rate of the trained layers, as a share of lr, where they are not frozen."""
     batch_size: int = 128
     """Samples per training step."""
-    freeze_trunk: bool = False
-    """Train the heads only: the final exit stays exactly the static model."""
+    freeze_trunk: bool = True
+    """Train the heads only: quicker, and the final exit stays exactly the static model."""
     rule: Literal["max-softmax", "entropy"] = "max-softmax"
     """Leave at the first exit with a high enough largest probability, or a low enough entropy."""
     max_loss: float = 0.005
