@@ -15,10 +15,16 @@ MODELS = (Path(__file__).parent / "models.txt").read_text().split()
 
 
 def build(name: str) -> Built:
-    """(model in eval mode, example inputs) of `SOURCE:NAME`."""
+    """(model in eval mode, example inputs) of `SOURCE:NAME`.
+
+    Parameters that start at zero (heads, last norms of a branch) get small random values, or outputs would be constant.
+    """
     source, _, kind = name.partition(":")
     torch.manual_seed(0)
     model, inputs = {"torchvision": _torchvision, "timm": _timm, "hf": _hf}[source](kind)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
     return model.eval(), inputs
 
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import DynCompressError
 from ..passes.stages import Stage, split_stages
 from .dynamic import DynamicModel
+from .onnx_heads import use_window_pooling
 from .onnx_recurrent import use_onnx_layers
 from .onnx_samples import call_flat
 from .onnx_trace import Value, trace
@@ -61,12 +62,13 @@ def trace_segments(model: DynamicModel, flat: Sequence[Any], opset: int) -> list
     """The segments of a dynamic model, early first.
 
     Args:
-        model: in evaluation mode; its recurrent layers are replaced.
+        model: in evaluation mode; its image heads and recurrent layers are replaced.
         flat: example values of the graph's inputs, at least two samples.
 
     Raises:
         DynCompressError: a segment cannot be exported.
     """
+    use_window_pooling(model.trunk)
     stages = split_stages(model.trunk)  # while the layers can still be typed
     use_onnx_layers(model.trunk)
     values = dict(zip(stages[0].inputs, flat, strict=True))
