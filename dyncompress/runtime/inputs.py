@@ -1,9 +1,10 @@
 """Checks one call's inputs against what the model was captured with, in the user's own words."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import RequestError
@@ -18,11 +19,26 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
     info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
     values = _in_order([name for name in info.orig_args if name != "self"], args, kwargs)
     flat = _flatten(values, info.in_spec)
-    floats = next((p for p in gm.parameters() if p.is_floating_point()), None)
+    floats = _first_float(gm)
     for expected, leaf in zip(gm.meta["inputs"], flat, strict=True):
         _check(expected, leaf, floats)
     batch_size(gm, flat)
     return flat
+
+
+_OWNERS: WeakKeyDictionary[nn.Module, tuple[nn.Module, str]] = WeakKeyDictionary()
+
+
+def _first_float(gm: fx.GraphModule) -> Tensor | None:
+    """The first floating-point parameter; its owner is remembered, because walking a model costs as much as a layer."""
+    if gm not in _OWNERS:
+        owned = ((m, n) for m in gm.modules() for n, p in m._parameters.items() if p is not None)
+        found = next(((m, n) for m, n in owned if m._parameters[n].is_floating_point()), None)  # type: ignore[union-attr]
+        if found is None:
+            return None
+        _OWNERS[gm] = found
+    module, name = _OWNERS[gm]
+    return module._parameters[name]
 
 
 def batch_size(gm: fx.GraphModule, flat: list[Any]) -> int:

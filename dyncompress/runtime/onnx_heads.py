@@ -1,4 +1,7 @@
-"""Image heads for onnxruntime: PyTorch reduces rows, then columns, fastest; onnxruntime pools by windows 10 times faster."""
+"""Image heads for onnxruntime: what reduces fastest in PyTorch, rows and then columns, is its slowest way to pool.
+
+Windows took it a tenth of the time on 16 x 16 maps, and stay in its own memory layout.
+"""
 
 from torch import Tensor, fx
 from torch.nn import functional as F
