@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class _Pieces:
     graph: fx.Graph
     static: fx.GraphModule
     stages: list[Stage]
+    costs: dict[tuple[bool, ...], tuple[int, ...]]  # MACs of leaving at each exit, by which exits are on
 
 
 class DynamicModel(nn.Module):
@@ -103,14 +105,14 @@ class DynamicModel(nn.Module):
     @property
     def exit_macs(self) -> list[int]:
         """MACs per sample that leaves at each exit (the last entry: the end), every head on the way included."""
-        return self._exit_macs([True] * len(self.exits))
+        return list(self._exit_macs((True,) * len(self.exits)))
 
-    def _exit_macs(self, on: list[bool]) -> list[int]:
-        spent, macs = 0, []
-        for stage, computed in zip(self._pieces().stages, [*on, False], strict=True):
-            spent += stage.macs + computed * stage.head_macs
-            macs.append(spent)
-        return macs
+    def _exit_macs(self, on: tuple[bool, ...]) -> tuple[int, ...]:
+        pieces = self._pieces()
+        if on not in pieces.costs:
+            each = [s.macs + computed * s.head_macs for s, computed in zip(pieces.stages, [*on, False], strict=True)]
+            pieces.costs[on] = tuple(accumulate(each))
+        return pieces.costs[on]
 
     # --- running it ----------------------------------------------------------------------------------------------
 
@@ -139,8 +141,8 @@ class DynamicModel(nn.Module):
             RequestError: the inputs do not fit the model.
         """
         flat = flat_inputs(self.trunk, args, kwargs)
-        on = [self.policy.is_on(k) for k in range(len(self.exits))]
-        macs = tuple(self._exit_macs(on))
+        on = tuple(self.policy.is_on(k) for k in range(len(self.policy.thresholds)))
+        macs = self._exit_macs(on)
         if batch_size(self.trunk, flat) == 0:
             logits = self._no_logits()
             return Prediction(logits, torch.zeros(0, dtype=torch.int64, device=logits.device), macs)
@@ -201,7 +203,7 @@ class DynamicModel(nn.Module):
     def _pieces(self) -> _Pieces:
         """Derived once per trunk graph; not part of copies and pickles, which derive their own."""
         if self._cached is None or self._cached.graph is not self.trunk.graph:
-            self._cached = _Pieces(self.trunk.graph, without_exits(self.trunk), split_stages(self.trunk))
+            self._cached = _Pieces(self.trunk.graph, without_exits(self.trunk), split_stages(self.trunk), {})
         return self._cached
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
     """The call's inputs in the order of the graph's placeholders; arguments may be given by position or by name.
 
     Raises:
-        RequestError: the number, names, nesting, shapes, dtypes or batch sizes of the inputs are not the model's.
+        RequestError: the number, names, nesting, shapes or dtypes of the inputs are not the model's.
     """
     info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
     values = _in_order([name for name in info.orig_args if name != "self"], args, kwargs)
@@ -22,7 +22,6 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
     floats = _first_float(gm)
     for expected, leaf in zip(gm.meta["inputs"], flat, strict=True):
         _check(expected, leaf, floats)
-    batch_size(gm, flat)
     return flat
 
 
