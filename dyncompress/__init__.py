@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .runtime.dynamic import DynamicModel, Prediction
     from .runtime.onnx_export import export_onnx
     from .runtime.policy import ExitPolicy
+    from .runtime.stream import shrink_checkpoint
+    from .runtime.stream_capture import capture_empty
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,8 @@ _HOMES = {
     "runtime.dynamic": ("DynamicModel", "Prediction"),
     "runtime.onnx_export": ("export_onnx",),
     "runtime.policy": ("ExitPolicy",),
+    "runtime.stream": ("shrink_checkpoint",),
+    "runtime.stream_capture": ("capture_empty",),
     "model_zoo.data": ("load_data",),
     "errors": ("DynCompressError", "RequestError"),
 }
@@ -51,6 +55,7 @@ __all__ = [
     "Prediction",
     "RequestError",
     "capture",
+    "capture_empty",
     "convert",
     "evaluate",
     "export_onnx",
@@ -64,6 +69,7 @@ __all__ = [
     "recalibrate_batchnorm",
     "save",
     "shrink",
+    "shrink_checkpoint",
 ]
 
 

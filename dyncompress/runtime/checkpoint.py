@@ -20,9 +20,10 @@ from .graph_json import decode_nodes, encode_nodes
 from .json_values import decode, encode
 from .module_json import decode_modules, encode_modules
 from .policy import ExitPolicy
+from .stream_folder import GRAPH, is_model_folder, read_folder
 from .structure_json import check_identifier, encode_call, set_call
 from .tensor_file import check_destination, first_line, read_file, read_model, write_file
-from .tensor_table import assign_tensors, encode_tensors
+from .tensor_table import Table, assign_tensors, encode_tensors
 
 
 def save(
@@ -42,20 +43,22 @@ def save(
     """
     path = Path(path)
     check_destination(path, overwrite)
-    document, tensors = _describe(model, info)
-    _check_loadable(_graph_module(model), document, tensors)
+    table, tensors = encode_tensors(_graph_module(model))
+    document = describe(model, table, info)
+    check_loadable(_graph_module(model), document, tensors)
     write_file(path, document, tensors)
 
 
 def load(path: str | PathLike[str]) -> nn.Module:
-    """The model that `save` wrote: same outputs, same state dict, same train or eval mode, on the CPU.
+    """The model that `save` wrote, or `shrink_checkpoint` in a folder: same outputs, same state dict, same train or
+    eval mode, on the CPU.
 
     An output that was a dataclass comes back as a plain dict of its fields, a named tuple as a tuple.
 
     Raises:
         RequestError: there is no such file, or it is not, or no longer, a checkpoint.
     """
-    document, tensors = read_file(Path(path))
+    document, tensors = read_folder(Path(path)) if is_model_folder(Path(path)) else read_file(Path(path))
     with _malformed(path):
         return _build(document, tensors)
 
@@ -66,7 +69,7 @@ def read_info(path: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         RequestError: as `load`; the tensors are neither read nor checked.
     """
-    document = read_model(Path(path))
+    document = read_model(Path(path) / GRAPH if is_model_folder(Path(path)) else Path(path))
     with _malformed(path):
         return dict(decode(document["meta"]).get("info", {}))
 
@@ -83,9 +86,13 @@ def _malformed(path: str | PathLike[str]) -> Iterator[None]:
         raise RequestError(f"{path} is not a valid checkpoint: {reason}") from error
 
 
-def _describe(model: nn.Module, info: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def describe(model: nn.Module, table: Table, info: dict[str, Any] | None) -> dict[str, Any]:
+    """The document of a model whose tensors `table` describes.
+
+    Raises:
+        DynCompressError, RequestError: as `save`.
+    """
     gm = _graph_module(model)
-    table, tensors = encode_tensors(gm)
     opposite = [path for path, module in gm.named_modules() if module.training != model.training]
     document = {
         "kind": "dynamic" if isinstance(model, DynamicModel) else "graph",
@@ -100,7 +107,7 @@ def _describe(model: nn.Module, info: dict[str, Any] | None) -> tuple[dict[str, 
     }
     if isinstance(model, DynamicModel):
         document["policy"] = encode(model.policy.to_dict(), "the exit policy")
-    return document, tensors
+    return document
 
 
 def _encode_meta(gm: fx.GraphModule, info: dict[str, Any] | None) -> Any:
@@ -117,8 +124,12 @@ def _encode_meta(gm: fx.GraphModule, info: dict[str, Any] | None) -> Any:
     return meta
 
 
-def _check_loadable(gm: fx.GraphModule, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """What is written must come back; better to learn that it does not before the model is gone."""
+def check_loadable(gm: fx.GraphModule, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """What is written must come back; better to learn that it does not before the model is gone.
+
+    Raises:
+        DynCompressError: it does not.
+    """
     try:
         rebuilt = _graph_module(_build(json.loads(json.dumps(document)), tensors))
     except Exception as error:

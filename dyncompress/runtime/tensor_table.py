@@ -31,16 +31,11 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor, bool | None]]
                 yield prefix + name, buffer, name not in module._non_persistent_buffers_set
 
 
-def encode_tensors(root: nn.Module) -> tuple[Table, dict[str, Tensor]]:
-    """What every tensor is, and the tensors to store: on the CPU, contiguous, each once.
-
-    Raises:
-        DynCompressError: a tensor has no values (meta device) or is not dense (sparse, quantised, a subclass).
-    """
+def describe_tensors(root: nn.Module) -> tuple[Table, dict[str, Tensor]]:
+    """What every tensor is, and the tensors as they are, each once, by its first name."""
     table: Table = {}
-    stored: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}
     first_name: dict[int, str] = {}
-    storages: set[int] = set()
     for name, tensor, persistent in _named_tensors(root):
         entry: dict[str, Any] = {"kind": "parameter" if persistent is None else "buffer"}
         table[name] = entry
@@ -50,9 +45,23 @@ def encode_tensors(root: nn.Module) -> tuple[Table, dict[str, Tensor]]:
             entry["persistent"] = False
         if id(tensor) in first_name:
             entry["same_as"] = first_name[id(tensor)]
-            continue
-        first_name[id(tensor)] = name
-        plain = _plain(name, tensor, entry)
+        else:
+            first_name[id(tensor)] = name
+            first[name] = tensor
+    return table, first
+
+
+def encode_tensors(root: nn.Module) -> tuple[Table, dict[str, Tensor]]:
+    """What every tensor is, and the tensors to store: on the CPU, contiguous, each once.
+
+    Raises:
+        DynCompressError: a tensor has no values (meta device) or is not dense (sparse, quantised, a subclass).
+    """
+    table, first = describe_tensors(root)
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in first.items():
+        plain = _plain(name, tensor, table[name])
         storage = plain.untyped_storage()
         if storage.data_ptr() in storages or storage.nbytes() != plain.nbytes:
             plain = plain.clone()  # a slice or another view of what is stored already
