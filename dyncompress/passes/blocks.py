@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from .cost import node_macs
 from .dims import leaves
 from .lift import device_of
+from .mutation import aliases
 from .typing import Typing, attribute, type_graph
 
 aten = torch.ops.aten
@@ -171,13 +172,5 @@ def _has_parameters(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _overwritten_later(node: fx.Node) -> bool:
     """Whether an in-place operator writes to `node`, directly or through a view of it."""
-    for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        if schema is None:
-            continue
-        aliases = [a.alias_info for a, v in zip(schema.arguments, user.args, strict=False) if v is node]
-        if any(alias is not None and alias.is_write for alias in aliases):
-            return True
-        if any(alias is not None for alias in aliases) and _overwritten_later(user):
-            return True
-    return False
+    calls = [(user, writes) for user in node.users for arg, writes in aliases(user) if arg is node]
+    return any(writes or _overwritten_later(user) for user, writes in calls)

@@ -15,17 +15,21 @@ Kept = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept indices (None = all) of each dim of each parameter and buffer that shrinks, by name, with its old shape."""
+    """Kept indices (None = all) of each dim of each parameter and buffer that shrinks, by name, with its old shape;
+    `dropped` names those that go altogether, with their branch."""
 
     kept: Mapping[str, Kept]
     shapes: Mapping[str, tuple[int, ...]]
+    dropped: frozenset[str] = frozenset()
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """The part of `tensor` (shaped like the parameter `name`) that stays; a copy.
 
         Raises:
-            ValueError: the tensor has another shape than the parameter.
+            ValueError: the tensor has another shape than the parameter, or nothing of it stays.
         """
+        if name in self.dropped:
+            raise ValueError(f"nothing of {name} stays: its branch is removed")
         if name not in self.kept:
             return tensor.clone()
         self._check(name, tensor)
@@ -36,6 +40,8 @@ class Plan:
 
     def zero(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of `tensor` with everything that would be removed set to zero."""
+        if name in self.dropped:
+            return torch.zeros_like(tensor)
         tensor = tensor.clone()
         if name not in self.kept:
             return tensor
@@ -48,8 +54,9 @@ class Plan:
         return tensor
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every tensor of a mapping by parameter name (a state dict, the moments of an optimiser), sliced."""
-        return {name: self.slice(name, tensor) for name, tensor in tensors.items()}
+        """Every tensor of a mapping by parameter name (a state dict, the moments of an optimiser), sliced; without
+        the dropped ones."""
+        return {name: self.slice(name, tensor) for name, tensor in tensors.items() if name not in self.dropped}
 
     def _check(self, name: str, tensor: Tensor) -> None:
         if tuple(tensor.shape) != self.shapes[name]:
@@ -69,8 +76,9 @@ def plan(gm: fx.GraphModule, keep: Mapping[str, Tensor | list[int]]) -> Plan:
 def plan_axes(axes: Axes, keep: Mapping) -> Plan:
     """The plan for kept indices by atom."""
     kept, shapes = {}, {}
+    dropped = frozenset(t for atom, branch in axes.branches.items() if atom in keep for t in branch.tensors)
     for name, dims in axes.types.params.items():
-        if any(new_size(d, keep) != d.size for d in dims):
+        if name not in dropped and any(new_size(d, keep) != d.size for d in dims):
             kept[name] = tuple(kept_indices(d, keep) for d in dims)
             shapes[name] = tuple(d.size for d in dims)
-    return Plan(kept, shapes)
+    return Plan(kept, shapes, dropped)

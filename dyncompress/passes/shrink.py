@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .axes import Axes, as_keep, infer_axes
+from .branches import remove_branches
 from .copying import deep_copy
 from .dims import Atom, new_size
 from .exact import keep_counts
@@ -20,6 +21,9 @@ Keep = Mapping[str, Tensor | list[int]]
 
 def shrink(gm: fx.GraphModule, keep: Keep, *, exact: bool = False) -> fx.GraphModule:
     """A physically smaller copy of a captured model that keeps `keep[axis name]` of each named axis.
+
+    An empty list for a branch (`"layer1.0:branch": []`) or a module (`"layer3": []`) removes that residual branch, or
+    every one in the module.
 
     Where the removed indices contribute nothing it computes what `gm` computes. Norms and means over a shrunk axis
     divide by the new count; `exact=True` keeps the old one, as if what was removed were zero.
@@ -43,6 +47,7 @@ def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False)
         keep_counts(types, small, twins, keep)
     for old, new in twins:
         new.meta["val"] = _resized(old.meta.get("val"), types.dims.get(old, ()), keep)
+    remove_branches(small, [branch for atom, branch in axes.branches.items() if atom in keep])
     small.recompile()
     return small
 
@@ -53,7 +58,7 @@ def mask(gm: fx.GraphModule, keep: Keep) -> fx.GraphModule:
     scheme = plan_axes(axes, as_keep(axes, keep))
     masked = deep_copy(gm)
     with torch.no_grad():
-        for name in scheme.kept:
+        for name in [*scheme.kept, *scheme.dropped]:
             tensor = attribute(masked, name)
             tensor.copy_(scheme.zero(name, tensor))
     return masked

@@ -70,7 +70,7 @@ class Typing:
     """Dim types of a graph: of every node, and of every parameter and buffer by name.
 
     `groups` is the dim that a node counts its groups by, `pieces` what a node cuts a dim into: sizes that calls spell
-    out and shrinking must read again. `features` are the dims that layers compute.
+    out and shrinking must read again. `features` are the dims that layers compute; `kinds` what rules know dims to be.
     """
 
     gm: fx.GraphModule
@@ -82,6 +82,7 @@ class Typing:
     features: list[Dim] = field(default_factory=list)
     groups: dict[fx.Node, Dim] = field(default_factory=dict)
     pieces: dict[fx.Node, list[Dim]] = field(default_factory=dict)
+    kinds: list[tuple[Dim, str]] = field(default_factory=list)
     _by_tensor: dict[int, Dims] = field(default_factory=dict)
 
     # --- what rules use ------------------------------------------------------------------------------------------
@@ -106,6 +107,11 @@ class Typing:
         if isinstance(arg, fx.Node) and op_name(arg) == "sym_size":
             return self.dims[arg.args[0]][arg.args[1]]  # type: ignore[index]
         return fresh(size)
+
+    def feature(self, dim: Dim, kind: str) -> None:
+        """Notes that a layer computes `dim`, whose indices are `kind`."""
+        self.features.append(dim)
+        self.kinds.append((dim, kind))
 
     def statistic(self, node: fx.Node, dims: Iterable[Dim]) -> None:
         """Notes that `node` averages over `dims`."""

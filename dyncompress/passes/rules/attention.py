@@ -19,10 +19,13 @@ def attention(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     unify(q[-1], k[-1])
     unify(k[-2], v[-2])
     freeze(k[-2], "softmaxed")
+    t.kinds += [(q[-1], "head dims"), (v[-1], "head dims"), *((dim, "heads") for dim in k[:-2] if dim is not t.batch)]
     heads = q[:-2]
     if a.get("enable_gqa") and q[-3].size != k[-3].size:
         unify(k[-3], v[-3])
-        unify(q[-3], Product((k[-3], fresh(q[-3].size // k[-3].size))))
+        queries = fresh(q[-3].size // k[-3].size)
+        unify(q[-3], Product((k[-3], queries)))
+        t.kinds.append((queries, "queries per key"))
         broadcast([q[:-3], k[:-3], v[:-3]])
     else:
         heads = broadcast([q[:-2], k[:-2], v[:-2]])

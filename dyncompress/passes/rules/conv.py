@@ -24,7 +24,9 @@ def _convolve(t: Typing, node: fx.Node, x: Dims, weight: Dims, bias: Dims, group
         out = weight[0]
     if bias:
         unify(out, bias[0])
-    t.features.append(out)
+    t.feature(out, "channels")
+    if groups > 1 and weight[0].size > groups:  # depthwise groups are the channels themselves
+        t.kinds.append((group, "channel groups"))
     return (x[0], out, *(fresh(s, SPATIAL) for s in node.meta["val"].shape[2:]))
 
 

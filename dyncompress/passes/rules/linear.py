@@ -20,7 +20,7 @@ def contract(x: Dims, weight: Dims, bias: Dims) -> Dims:
 @rule("linear")
 def linear(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     weight = t.of(a["weight"])
-    t.features.append(weight[0])
+    t.feature(weight[0], "neurons")
     return contract(t.of(a["input"]), weight, t.of(a["bias"]))
 
 
@@ -28,7 +28,7 @@ def linear(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
 def linear_module(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     name = a["name"]
     weight = t.param(f"{name}.weight")
-    t.features.append(weight[0])
+    t.feature(weight[0], "neurons")
     bias = t.param(f"{name}.bias") if a["module"].bias is not None else ()
     return contract(t.of(a["input"]), weight, bias)
 
@@ -46,12 +46,14 @@ def matmul(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     x, y = list(a.values())[:2]
     out = matmul_dims(t.of(x), t.of(y))
     _mark_feature(t, y, out)
+    if isinstance(y, fx.Node) and y.op != "get_attr" and len(out) > 2:  # queries with keys, weights with values
+        t.kinds += [(dim, "heads") for dim in out[:-2]] + [(dim, "head dims") for dim in (t.of(x)[-1], t.of(y)[-1])]
     return out
 
 
 def _mark_feature(t: Typing, weight: Any, out: Dims) -> None:
     if isinstance(weight, fx.Node) and weight.op == "get_attr" and out:
-        t.features.append(out[-1])
+        t.feature(out[-1], "neurons")
 
 
 @rule("addmm", "baddbmm", "addbmm", "addmv")
@@ -114,7 +116,7 @@ def embedding_module(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
 def look_up(t: Typing, table: Dims, indices: Dims) -> Dims:
     """Rows of a (count, features) table: the rows are indexed by data and stay."""
     freeze(table[0], "its indices are looked up by data")
-    t.features.append(table[1])
+    t.feature(table[1], "embedding columns")
     return (*indices, table[1])
 
 

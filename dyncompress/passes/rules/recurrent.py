@@ -46,6 +46,7 @@ def recurrent(t: Typing, node: fx.Node, a: dict[str, Any]) -> Any:
             outs.append(out)
         feed = Concat(tuple(out for _, _, out in cells))
     t.features.append(feed)
+    t.kinds += [(dim, "hidden states") for dim in (*hiddens, *outs)]
     return ((x[0], x[1], feed), _state(t, node, module, x, hiddens, outs))
 
 
