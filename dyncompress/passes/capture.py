@@ -1,6 +1,6 @@
 """Capture: a model becomes a torch.fx graph of ATen operators and standard modules (one path, torch.export).
 
-The batch is dynamic: the example is repeated to a prime batch so that it never looks like a channel count.
+The batch is dynamic: the example is taken at a prime batch so that it never looks like a channel count.
 Integer inputs (token ids, masks) also get dynamic trailing dims where the model allows it.
 """
 
@@ -61,7 +61,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> fx.GraphModule:
 
 
 def _rebatch(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with the first sample repeated to the capture batch."""
+    """The same call at the capture batch; shapes are all that export reads, so nothing is filled in."""
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim() > 0]
     if not tensors:
         raise RequestError("example_inputs holds no tensor with a batch dimension; give one call's inputs")
@@ -69,12 +69,12 @@ def _rebatch(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any,
     if batch == 0:
         raise RequestError("example_inputs has 0 samples; give at least one")
 
-    def repeat(leaf: Any) -> Any:
+    def resize(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != batch:
             return leaf
-        return leaf.detach()[:1].repeat(CAPTURE_BATCH, *[1] * (leaf.dim() - 1))
+        return leaf.new_empty(CAPTURE_BATCH, *leaf.shape[1:])
 
-    return pytree.tree_map(repeat, inputs)
+    return pytree.tree_map(resize, inputs)
 
 
 def _dynamic_dims(leaf: Any) -> dict[int, Any] | None:
