@@ -109,10 +109,16 @@ FAMILIES: dict[str, tuple[Case, list[int]]] = {
     "softmaxed": (rows(lambda x: x.softmax(-1)), []),
     "argmax": (images(lambda x: x * x.amax(1, keepdim=True)), []),
     "mean": (rows(lambda x: x * x.mean(-1, keepdim=True)), [8]),
+    "var": (rows(lambda x: x * x.var(-1, keepdim=True)), [8]),
+    "std and mean": (rows(lambda x: x * torch.std_mean(x, -1, correction=0)[0][..., None]), [8]),
+    "functional norms": (rows(lambda x, m: m(x), m=Functional(
+        lambda x, w, b: F.layer_norm(F.rms_norm(x, (8,), w * 2), (8,), w * 1, b * 1), w=(8,), b=(8,))), [8]),
+    "standardised weights": (images(lambda x, m: m(x), out=6, m=Functional(lambda x, w: F.conv2d(x, F.batch_norm(
+        w.reshape(1, 6, -1), None, None, training=True, momentum=0.0).reshape_as(w)), w=(6, 8, 3, 3))), [6, 8]),
     "sum": (rows(lambda x: x + x.sum(-1, keepdim=True)), [8]),
     "roll": (rows(lambda x: x.roll(1, 1)), [8]),
     "rolled features": (rows(lambda x: x.roll(1, -1)), []),
-    "lstm": (rows(lambda x, r: r(x)[0], out=6, r=nn.LSTM(8, 6, batch_first=True)), [8, 6]),
+    "lstm": (rows(lambda x, r: r(x)[0], out=6, r=nn.LSTM(8, 6, batch_first=True)), [6, 8]),
     "two-way gru": (rows(
         lambda x, r: r(x)[0], out=12, r=nn.GRU(8, 6, 2, batch_first=True, bidirectional=True)), [8, 6, 6, 6, 6]),
     "lstm state": (rows(
@@ -136,6 +142,9 @@ def test_family(name: str) -> None:
         masked, small = dc.mask(gm, half(axes)), dc.shrink(gm, half(axes), exact=True)
         torch.testing.assert_close(small(x), masked(x), rtol=1e-9, atol=1e-9)
         assert len(small(torch.cat([x, x, x]))) == 6
+        again = half(dc.infer_axes(small))
+        twice = dc.shrink(small, again, exact=True)
+        torch.testing.assert_close(twice(x), dc.mask(small, again)(x), rtol=1e-9, atol=1e-9)
 
 
 def test_embedding_rows_stay_and_say_why() -> None:

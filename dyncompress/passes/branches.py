@@ -54,13 +54,15 @@ class _Search:
         self.order = {node: i for i, node in enumerate(self.gm.graph.nodes)}
         self.macs = node_macs(self.gm)
         self.ancestors: dict[fx.Node, int] = {}  # as bits, the node itself included
+        self.tensors: dict[fx.Node, list[tuple[str, Tensor]]] = {}
         self.users_of: dict[int, set[fx.Node]] = {}
         for node, i in self.order.items():
             bits = 1 << i
             for source in node.all_input_nodes:
                 bits |= self.ancestors[source]
             self.ancestors[node] = bits
-            for _, tensor in _tensors(self.gm, node):
+            self.tensors[node] = list(_tensors(self.gm, node))
+            for _, tensor in self.tensors[node]:
                 self.users_of.setdefault(id(tensor), set()).add(node)
         answer = self.ancestors[self.gm.graph.output_node()]
         self.in_place = {node for node, i in self.order.items() if not answer >> i & 1}  # nobody reads what they return
@@ -110,7 +112,7 @@ class _Search:
         """Names of the tensors that only the region uses."""
         inside = set(region)
         for node in region:
-            for name, tensor in _tensors(self.gm, node):
+            for name, tensor in self.tensors[node]:
                 if self.users_of[id(tensor)] <= inside:
                     yield name
 

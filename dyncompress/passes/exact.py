@@ -4,15 +4,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from ..errors import RequestError
 from .counted import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
+from .counted_ops import count_op
 from .dims import Atom, Dim, new_size
 from .typing import Typing, op_name
 
-aten = torch.ops.aten
 Twins = list[tuple[fx.Node, fx.Node]]
 
 
@@ -22,24 +21,22 @@ def keep_counts(types: Typing, small: fx.GraphModule, twins: Twins, keep: Mappin
     Raises:
         RequestError: a statistic that has no exact form here (a variance computed by an operator, say).
     """
-    shrunk: dict[str, list[Dim]] = {}
-    for statistic in types.statistics:
-        if new_size(statistic.dim, keep) != statistic.dim.size:
-            shrunk.setdefault(statistic.node, []).append(statistic.dim)
+    shrunk = {s.node for s in types.statistics if new_size(s.dim, keep) != s.dim.size}
     for old, new in twins:
-        if old.name in shrunk and old.op == "call_module":
+        if old.name not in shrunk or op_name(old) in _NOT_AVERAGED:
+            continue
+        if old.op == "call_module":
             _replace_norm(types, small, old)
-        elif old.name in shrunk and op_name(old) == "mean":
-            _rescale(new, math.prod(new_size(dim, keep) / dim.size for dim in shrunk[old.name]))
-        elif old.name in shrunk and op_name(old) not in {"sum", "linalg_vector_norm", "norm"}:
+        elif not count_op(old, new, _averaged(types, old)):
             raise RequestError(f"exact=True cannot keep the count of {old.name} ({op_name(old)}); use exact=False")
 
 
-def _rescale(node: fx.Node, ratio: float) -> None:
-    with node.graph.inserting_after(node):
-        scaled = node.graph.call_function(aten.mul.Tensor, (node, ratio))
-    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
-    scaled.meta = dict(node.meta)
+_NOT_AVERAGED = {"sum", "linalg_vector_norm", "norm"}
+
+
+def _averaged(types: Typing, node: fx.Node) -> list[Dim]:
+    """All dims that a call averages over, shrunk or not."""
+    return [statistic.dim for statistic in types.statistics if statistic.node == node.name]
 
 
 def _replace_norm(types: Typing, small: fx.GraphModule, old: fx.Node) -> None:

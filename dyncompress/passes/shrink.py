@@ -43,10 +43,10 @@ def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False)
     twins = [(old, nodes[old.name]) for old in types.gm.graph.nodes]
     resize_modules(types, small, keep)
     resize_ops(types, twins, keep)
-    if exact:
-        keep_counts(types, small, twins, keep)
     for old, new in twins:
         new.meta["val"] = _resized(old.meta.get("val"), types.dims.get(old, ()), keep)
+    if exact:
+        keep_counts(types, small, twins, keep)
     remove_branches(small, [branch for atom, branch in axes.branches.items() if atom in keep])
     small.recompile()
     return small
