@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .compress.evaluate import evaluate
     from .compress.prune import prune
     from .compress.recalibrate import recalibrate_batchnorm
+    from .compress.stream_prune import prune_checkpoint
     from .errors import DynCompressError, RequestError
     from .model_zoo.data import load_data
     from .passes.axes import Axis, infer_axes
@@ -33,6 +34,7 @@ _HOMES = {
     "compress.convert": ("convert",),
     "compress.evaluate": ("evaluate",),
     "compress.prune": ("prune",),
+    "compress.stream_prune": ("prune_checkpoint",),
     "compress.recalibrate": ("recalibrate_batchnorm",),
     "runtime.checkpoint": ("load", "read_info", "save"),
     "runtime.dynamic": ("DynamicModel", "Prediction"),
@@ -65,6 +67,7 @@ __all__ = [
     "mask",
     "plan",
     "prune",
+    "prune_checkpoint",
     "read_info",
     "recalibrate_batchnorm",
     "save",

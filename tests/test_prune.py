@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import dyncompress as dc
-from dyncompress.compress.importance import l2_scores, taylor_scores
+from dyncompress.compress.importance import Context, l2_scores, taylor_scores
 from dyncompress.model_zoo import models
 from dyncompress.passes.cost import count_macs, count_parameters
 
@@ -86,7 +86,7 @@ def test_taylor_scores_predict_what_removal_does_to_the_loss() -> None:
     gm = dc.capture(Residual().double().eval(), torch.randn(2, 3, 12, 12).double())
     data = TensorDataset(torch.randn(48, 3, 12, 12).double(), torch.randint(0, 10, (48,)))
     axes = dc.infer_axes(gm)
-    scores = taylor_scores(gm, [axes["a.weight:0"]], data)["a.weight:0"]
+    scores = taylor_scores(gm, [axes["a.weight:0"]], Context(data))["a.weight:0"]
 
     # <w, dL/dw> is minus the slope of the loss while the group is scaled towards zero: measured by differences
     def loss(scale: float, index: int) -> Tensor:

@@ -118,7 +118,7 @@ FAMILIES: dict[str, tuple[Case, list[int]]] = {
     "sum": (rows(lambda x: x + x.sum(-1, keepdim=True)), [8]),
     "roll": (rows(lambda x: x.roll(1, 1)), [8]),
     "rolled features": (rows(lambda x: x.roll(1, -1)), []),
-    "lstm": (rows(lambda x, r: r(x)[0], out=6, r=nn.LSTM(8, 6, batch_first=True)), [6, 8]),
+    "lstm": (rows(lambda x, r: r(x)[0], out=6, r=nn.LSTM(8, 6, batch_first=True)), [8, 6]),
     "two-way gru": (rows(
         lambda x, r: r(x)[0], out=12, r=nn.GRU(8, 6, 2, batch_first=True, bidirectional=True)), [8, 6, 6, 6, 6]),
     "lstm state": (rows(

@@ -11,7 +11,7 @@ from ..errors import RequestError
 from ..runtime.recipe import Convert, Export, Prune, Recipe, Step, read_recipe
 from .app import app, printing
 from .folders import choose_folder
-from .options import DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions
+from .options import DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions
 
 app.version = __version__
 
@@ -22,6 +22,7 @@ Flat = Parameter(name="*")
 
 _CONVERT, _PRUNE = Convert(), Prune()
 _SOURCE, _DATA, _FOLDER = ModelOptions(), DataOptions(), FolderOptions()
+_STREAM = StreamOptions()
 
 
 @app.command
@@ -66,10 +67,13 @@ def prune(
     step: Annotated[Prune, Flat] = _PRUNE,
     source: Annotated[ModelOptions, Flat] = _SOURCE,
     data: Annotated[DataOptions, Flat] = _DATA,
+    stream: Annotated[StreamOptions, Flat] = _STREAM,
     folder: Annotated[FolderOptions, Flat] = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
     """Removes the least important channels, heads and hidden units: the model gets physically smaller."""
+    if stream.stream or stream.drop:
+        return _stream(model, step, source, data, stream, folder, json)
     _run("prune", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
 
 
@@ -183,4 +187,26 @@ def _run(command: str, recipe: Recipe, options: FolderOptions, as_json: bool, al
             recipe, folder, resume=options.resume, allow_pickle=allow_pickle, status=Console(stderr=True)
         )
         results.show(report, printer.console)
+        printer.result(report)
+
+
+def _stream(
+    model: str,
+    step: Prune,
+    source: ModelOptions,
+    data: DataOptions,
+    stream: StreamOptions,
+    options: FolderOptions,
+    as_json: bool,
+) -> None:
+    from . import streaming
+    from .models import short_name
+
+    streaming.check_request(step, source, data, stream)
+    folder = choose_folder("prune", short_name(model), options.out, resume=options.resume, overwrite=options.overwrite)
+    with printing(as_json) as printer:
+        report = streaming.prune_streamed(
+            model, step, source, stream, folder,
+            resume=options.resume, overwrite=options.overwrite, console=printer.console,
+        )  # fmt: skip
         printer.result(report)

@@ -79,15 +79,15 @@ def from_torchvision(name: str, options: Mapping[str, Any]) -> Made:
     return model.eval(), torch.rand(_BATCH, 3, side, side)
 
 
-def from_transformers(name: str, options: Mapping[str, Any]) -> Made:
+def from_transformers(name: str, options: Mapping[str, Any], *, weights: bool = True) -> Made:
     """A class name of transformers makes a small random model; anything else is a trained model, by folder or hub name.
 
-    Options are fields of the configuration.
+    Options are fields of the configuration. weights=False reads the configuration alone (its file will do, too).
     """
     transformers = library("transformers")
     model_class = None if Path(name).exists() else _attribute(transformers, name)
     is_class = inspect.isclass(model_class)
-    model = _small(model_class, options) if is_class else _trained(transformers, name, options)
+    model = _small(model_class, options) if is_class else _trained(transformers, name, options, weights)
     return model.eval(), _dummy_inputs(model)
 
 
@@ -112,11 +112,11 @@ def _small(model_class: Any, options: Mapping[str, Any]) -> nn.Module:
     return model_class(config)
 
 
-def _trained(transformers: ModuleType, name: str, options: Mapping[str, Any]) -> nn.Module:
+def _trained(transformers: ModuleType, name: str, options: Mapping[str, Any], weights: bool) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(name, use_cache=False, **options)
         model_class = _attribute(transformers, (config.architectures or ["AutoModel"])[0])
-        return model_class.from_pretrained(name, config=config)
+        return model_class.from_pretrained(name, config=config) if weights else model_class(config)
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise RequestError(f"transformers cannot load hf:{name}: {reason}") from error

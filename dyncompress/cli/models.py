@@ -25,6 +25,7 @@ from ..errors import RequestError
 from ..model_zoo import models as zoo
 from ..runtime import checkpoint
 from ..runtime.dynamic import DynamicModel
+from ..runtime.stream_folder import is_model_folder
 from . import files, frameworks
 
 _SHOWN = 3  # names listed in an error message
@@ -77,7 +78,7 @@ def load_model(
         raise RequestError(f"--arch goes with a state dict, and {spec} is a whole model: leave --arch out")
     _check_finite(spec, found.module)
     return LoadedModel(
-        found.module.eval(), _example(spec, found, input_shape, samples), short_name(spec), found.trained
+        found.module.eval(), example_for(spec, found, input_shape, samples), short_name(spec), found.trained
     )
 
 
@@ -96,7 +97,8 @@ class _Found:
     filled: bool = False
 
 
-def _example(spec: str, found: _Found, input_shape: tuple[int, ...] | None, samples: Any) -> Any:
+def example_for(spec: str, found: _Found, input_shape: tuple[int, ...] | None, samples: Any = None) -> Any:
+    """Inputs for one call of a model. Raises RequestError when nothing says what it takes."""
     if input_shape is not None:
         return torch.rand(2, *input_shape)
     for example in (found.saved, samples, found.usual):
@@ -127,13 +129,16 @@ def _from_file(path: Path, arch: str | None, allow_pickle: bool) -> _Found:
         raise RequestError(f"{path} is a state dict: name its architecture with --arch, such as --arch timm:resnet18")
     if _is_file(arch):
         raise RequestError(f"--arch {arch} is a file: name an architecture, such as zoo:NAME or package.module:factory")
-    empty = _architecture(arch)
+    empty = architecture(arch)
     _fill(path, arch, empty.module, found)
     return replace(empty, trained=True, filled=True)
 
 
 def _read(path: Path, allow_pickle: bool) -> _Found | dict[str, Tensor]:
     """The whole model in a file, or its state dict."""
+    if is_model_folder(path):
+        module = checkpoint.load(path)
+        return _Found(module, saved=example_of(module))
     kind = files.kind_of(path)
     if kind == "export":
         module, example = files.read_export(path, allow_pickle)
@@ -152,17 +157,21 @@ def _from_source(spec: str) -> _Found:
     source, _, name = spec.partition(":")
     if source == "zoo":
         return _Found(zoo.load(name), usual=zoo.example_input(name))
-    return _architecture(spec)
+    return architecture(spec)
 
 
-def _architecture(spec: str) -> _Found:
+def architecture(spec: str, *, weights: bool = True) -> _Found:
+    """The model of an architecture and its usual inputs; weights=False reads no weights from any file."""
     source, _, rest = spec.partition(":")
     if source == "zoo":
         return _Found(zoo.build(rest), usual=zoo.example_input(rest))
     name, options = _split_options(spec, rest)
     if source not in _FRAMEWORKS:
         return _Found(_call_factory(source, name, options))
-    module, example = _FRAMEWORKS[source](name, options)
+    if source == "hf" and not weights:
+        module, example = frameworks.from_transformers(name, options, weights=False)
+    else:
+        module, example = _FRAMEWORKS[source](name, options)
     return _Found(module, usual=example, trained=source == "hf" and Path(name).is_dir())
 
 

@@ -60,3 +60,13 @@ class FolderOptions:
 JsonFlag = Annotated[
     Flag, Parameter(name="--json", help="Print one JSON object on standard output and nothing else there.")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """How to prune what is larger than memory."""
+
+    stream: Flag = False
+    """MODEL is safetensors (a file or a folder) larger than memory: read it in pieces. Needs --arch."""
+    drop: tuple[str, ...] = ()
+    """With --stream: tensors of MODEL that the architecture does not use, by name or pattern such as '*.inv_freq'."""

@@ -1,52 +1,40 @@
-"""One-shot structured pruning: rank every group of the model together, remove the least important up to a target."""
+"""Structured pruning: rank every group of the model, remove the least important down to a target, at once or in steps.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+In N steps the k-th leaves target^(k/N), so that each removes the same share of what is left; the model is trained in
+between and ranked anew (Molchanov et al., ICLR 2017, section 2).
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils.data import Dataset
+from torch import fx, nn
 
 from ..errors import RequestError
-from ..passes.axes import Axes, Axis, infer_axes
+from ..passes.axes import Axes, as_keep, infer_axes
 from ..passes.capture import Inputs, capture
-from ..passes.copying import deep_copy
-from ..passes.cost import count_macs, count_parameters
-from ..passes.dims import Atom
+from ..passes.plan import plan_axes
 from ..passes.shrink import shrink_axes
-from .importance import l2_scores, normalised, taylor_scores
+from .batches import LabelledData
+from .budget import measure
+from .cut_store import Cut, CutStore
+from .importance import COMPARABLE, Context, Scores, check_importance, score_axes
+from .kept import Kept
+from .latency import Latency
+from .latency_choice import choose_by_latency
+from .losses import cross_entropy
+from .ranking import Keep, Limits, check_scope
+from .recalibrate import recalibrate_batchnorm
+from .search import choose
+from .trainer import fit
 
-IMPORTANCES = ("l2", "taylor")
+METRICS = ("ratio", "macs", "params", "bytes", "latency")
+RECALIBRATION_BATCHES = 32
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What ranking may not do: `floor` is the least share of an axis that stays, counts are multiples of `round_to`,
-    axes with a slice in a module or parameter named in `ignore` stay whole."""
-
-    floor: float = 0.1
-    round_to: int = 1
-    ignore: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.floor <= 1:
-            raise RequestError(f"floor is a share of each axis, between 0 and 1; got {self.floor}")
-        if self.round_to < 1:
-            raise RequestError(f"round_to must be at least 1; got {self.round_to}")
-
-    def least(self, size: int) -> int:
-        """The smallest allowed count of an axis of `size`."""
-        return self.rounded(max(1, int(-(-size * self.floor // 1))), size)
-
-    def rounded(self, count: int, size: int) -> int:
-        """`count` up to the next multiple of `round_to`, at most `size`."""
-        return min(size, -(-count // self.round_to) * self.round_to)
-
-    def ignores(self, axis: Axis) -> bool:
-        """Whether a name in `ignore` is, or contains, a tensor of the axis."""
-        tensors = [s.tensor for s in axis.slices]
-        return any(t == name or t.startswith(f"{name}.") for t in tensors for name in self.ignore)
+__all__ = ["Limits", "choose", "prune"]
 
 
 def prune(
@@ -56,31 +44,91 @@ def prune(
     ratio: float | None = None,
     macs: float | None = None,
     params: float | None = None,
+    bytes: float | None = None,
+    latency: float | None = None,
     importance: str = "l2",
-    data: Dataset | None = None,
+    data: LabelledData | None = None,
+    scope: str = "global",
     floor: float = 0.1,
-    round_to: int = 1,
+    ceiling: float = 1.0,
+    round_to: int | None = None,
     ignore: Sequence[str] = (),
     exact: bool = False,
+    depth: bool = False,
+    latency_batch: int = 1,
+    steps: int = 1,
+    finetune: int = 0,
+    lr: float = 1e-3,
+    batch_size: int = 128,
+    seed: int = 0,
+    mixed_precision: str | None = None,
+    device: torch.device | str | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = False,
 ) -> fx.GraphModule:
     """A physically smaller copy of `model`, its least important channels, heads, neurons and hidden states removed.
 
+    What was done is in `result.meta["info"]["prune"]`: the share that is left after each step and, under "kept", the
+    kind, size and kept indices of every axis of the original.
+
     Args:
         model: any model `capture` takes, or an already captured one (then without `example_inputs`).
-        ratio, macs, params: give one: the share of channels, multiply-adds or parameters that stays, in (0, 1].
-        importance: "l2" (magnitude) or "taylor" (needs `data`, labelled samples).
-        floor: least share of each axis that stays.
-        round_to: kept counts are multiples of this.
+        ratio, macs, params, bytes, latency: give one: the share of channels, multiply-adds, parameters, bytes of
+            parameters and buffers, or of the measured wall clock on the model's device that stays, in (0, 1].
+        importance: "l1", "l2", "taylor", "hessian", "bn-scale", "geometric-median", "lamp", "activation" or "random"
+            (`compress.importance`).
+        data: map-style, of (inputs, int label); needed by taylor, hessian, activation and for training.
+        scope: "global": all groups compete; "axis" or "block": every axis, or every block, loses the same share.
+        floor, ceiling: least and largest share of each axis that stays.
+        round_to: kept counts are multiples of this; None = 1, and with `latency` 8 or 16 where an axis is wide.
         ignore: module or parameter names whose axes stay whole.
         exact: norms keep their old counts (see `shrink`).
+        depth: whole residual branches may go as well.
+        latency_batch: samples per call when `latency` is measured.
+        steps: number of cuts. With more than one, and data, BatchNorm statistics are measured anew after each.
+        finetune: epochs of training on `data` after each cut; `lr` is its peak learning rate.
+        mixed_precision, device, run_dir, resume: see `trainer.fit`; run_dir keeps every step to resume from.
+        progress: progress bars on standard error.
 
     Raises:
-        RequestError: not exactly one target, a target out of reach, an unknown importance or ignored name.
+        RequestError: not exactly one target, a target out of reach, an unknown importance, scope or ignored name, data
+            missing or unfit, weights that are not finite.
+        DynCompressError: the training failed.
     """
+    metric, target = _target({"ratio": ratio, "macs": macs, "params": params, "bytes": bytes, "latency": latency})
+    step_size = 1 if round_to is None and metric != "latency" else round_to
+    limits = Limits(floor, step_size, tuple(ignore), ceiling, depth)
+    _check(importance, scope, steps, finetune, data)
     gm = model if isinstance(model, fx.GraphModule) and "inputs" in model.meta else _captured(model, example_inputs)
-    axes, limits = infer_axes(gm), Limits(floor, round_to, tuple(ignore))
-    keep = choose(axes, _score(gm, axes, importance, data), *_target(ratio, macs, params), limits)
-    return shrink_axes(axes, keep, exact=exact)
+    context = Context(data, seed=seed, progress=progress)
+    job = _Job(metric, importance, scope, limits, exact, latency_batch, context)
+    training = {"lr": lr, "batch_size": batch_size, "mixed_precision": mixed_precision, "device": device}
+    request = {metric: target, "importance": importance, "scope": scope, "steps": steps, "finetune": finetune}
+    request |= {**asdict(limits), "ignore": list(ignore), "exact": exact, "seed": seed}
+    store = CutStore(Path(run_dir) if run_dir is not None else None, request, resume)
+    return _in_steps(job, gm, _schedule(target, steps), finetune, training, store)
+
+
+def _target(targets: dict[str, float | None]) -> tuple[str, float]:
+    given = {k: v for k, v in targets.items() if v is not None}
+    if len(given) != 1:
+        raise RequestError(f"give exactly one of {', '.join(METRICS)}; got {', '.join(given) or 'none'}")
+    ((name, value),) = given.items()
+    if not 0 < value <= 1:
+        raise RequestError(f"{name} is the share that stays, above 0 and at most 1; got {value}")
+    return name, value
+
+
+def _check(importance: str, scope: str, steps: int, finetune: int, data: LabelledData | None) -> None:
+    check_importance(importance)
+    check_scope(scope)
+    if steps < 1:
+        raise RequestError(f"steps is the number of cuts, at least 1; got {steps}")
+    if finetune < 0:
+        raise RequestError(f"finetune is a number of epochs, 0 or more; got {finetune}")
+    if finetune and data is None:
+        raise RequestError("finetune needs data: a dataset of (input, label)")
 
 
 def _captured(model: nn.Module, example_inputs: Inputs | None) -> fx.GraphModule:
@@ -89,135 +137,78 @@ def _captured(model: nn.Module, example_inputs: Inputs | None) -> fx.GraphModule
     return capture(model, example_inputs)
 
 
-def _target(ratio: float | None, macs: float | None, params: float | None) -> tuple[str, float]:
-    given = {k: v for k, v in {"ratio": ratio, "macs": macs, "params": params}.items() if v is not None}
-    if len(given) != 1:
-        raise RequestError(f"give exactly one of ratio, macs and params; got {', '.join(given) or 'none'}")
-    ((name, value),) = given.items()
-    if not 0 < value <= 1:
-        raise RequestError(f"{name} is the share that stays, above 0 and at most 1; got {value}")
-    return name, value
+def _schedule(target: float, steps: int) -> list[float]:
+    """The share that each step leaves: a geometric series that ends at the target."""
+    return [target ** (step / steps) for step in range(1, steps + 1)]
 
 
-def _score(gm: fx.GraphModule, axes: Axes, importance: str, data: Dataset | None) -> dict[str, Tensor]:
-    if importance not in IMPORTANCES:
-        raise RequestError(f"unknown importance {importance!r}; choose one of {', '.join(IMPORTANCES)}")
-    if importance == "l2":
-        return l2_scores(gm, axes.prunable)
-    if data is None:
-        raise RequestError("importance='taylor' needs data: a dataset of (input, label)")
-    return taylor_scores(gm, axes.prunable, data)
+def _in_steps(
+    job: "_Job", gm: fx.GraphModule, goals: Sequence[float], finetune: int, training: dict[str, Any], store: CutStore
+) -> fx.GraphModule:
+    """Cuts and trains once per goal, a share of what the first model has."""
+    axes = infer_axes(gm)
+    whole, kept, done = {axis.name: axis.size for axis in axes}, Kept(axes), list[dict[str, float]]()
+    data, left = job.context.data, 1.0
+    for number, goal in enumerate(goals, 1):
+        axes = infer_axes(gm)
+        cut = store.read(number)
+        if cut is None:
+            cut = job.choose(axes, min(1.0, goal / left), whole)
+            store.write(number, cut)
+        keep = as_keep(axes, cut.keep)
+        kept.cut(plan_axes(axes, keep))
+        gm = shrink_axes(axes, keep, exact=job.exact)
+        left *= cut.left
+        done.append({"goal": goal, "left": left, **cut.note})
+        if data is not None and (finetune or len(goals) > 1):
+            recalibrate_batchnorm(gm, data, batches=RECALIBRATION_BATCHES, seed=job.context.seed)
+        if data is not None and finetune:
+            _train(gm, data, finetune, job.context, training, store.folder(number))
+    report = {"metric": job.metric, "importance": job.importance, "steps": done, "kept": kept.table()}
+    gm.meta["info"] = {**gm.meta.get("info", {}), "prune": report}
+    return gm
 
 
-def choose(axes: Axes, scores: dict[str, Tensor], metric: str, target: float, limits: Limits) -> dict[Atom, Tensor]:
-    """Kept indices by atom: the least important go, until at most `target` of `metric` is left.
-
-    The result is within 2 % of the whole model below the target wherever what can be removed is that fine.
-
-    Raises:
-        RequestError: the target cannot be met within the limits.
-    """
-    _check_ignored(axes, limits)
-    candidates = [a for a in axes.prunable if not limits.ignores(a)]
-    units = _removal_units(candidates, scores, limits)
-    left = _measure(axes, metric, candidates)
-
-    def keep(removed: Sequence[Unit]) -> dict[Atom, Tensor]:
-        gone: dict[str, list[Tensor]] = {}
-        for unit in removed:
-            gone.setdefault(unit.axis.name, []).append(unit.indices)
-        return {axes[name].atom: _others(axes[name].size, torch.cat(parts)) for name, parts in gone.items()}
-
-    if left(keep(units)) > target:
-        raise RequestError(
-            f"{metric}={target} is out of reach: with floor={limits.floor} and round_to={limits.round_to} at least "
-            f"{left(keep(units)):.3f} stays; lower floor or round_to, or ignore less"
-        )
-    low, high = 0, len(units)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if left(keep(units[:middle])) <= target else (middle + 1, high)
-    return _refined(units[:high], keep, left, target)
-
-
-TOLERANCE = 0.02
-_REFINEMENTS = 256
-
-
-def _refined(
-    removed: list["Unit"],
-    keep: Callable[[Sequence["Unit"]], dict[Atom, Tensor]],
-    left: Callable[[dict[Atom, Tensor]], float],
-    target: float,
-) -> dict[Atom, Tensor]:
-    """Where the last unit overshot (a head, a group), the most important of the others come back while they fit."""
-    chosen, whole = list(removed), set()
-    best = keep(chosen)
-    for unit in removed[-2 : -_REFINEMENTS - 2 : -1]:
-        if left(best) >= target * (1 - TOLERANCE):
-            break
-        if unit.axis.name in whole:  # an axis gets its indices back in falling order only
-            continue
-        trial = keep([u for u in chosen if u is not unit])
-        if left(trial) <= target:
-            chosen, best = [u for u in chosen if u is not unit], trial
-        else:
-            whole.add(unit.axis.name)
-    return best
+def _train(
+    gm: fx.GraphModule, data: LabelledData, epochs: int, context: Context, training: dict[str, Any], folder: Path | None
+) -> None:
+    resume = folder is not None
+    own: dict[str, Any] = {"seed": context.seed, "progress": context.progress, "run_dir": folder, "resume": resume}
+    fit(gm, cross_entropy, data, epochs=epochs, **own, **training)
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Indices of one axis that go together, with their mean normalised score."""
+class _Job:
+    """How to choose what goes in one cut."""
 
-    score: float
-    axis: Axis
-    indices: Tensor
+    metric: str
+    importance: str
+    scope: str
+    limits: Limits
+    exact: bool
+    latency_batch: int
+    context: Context
 
+    def choose(self, axes: Axes, target: float, whole: Mapping[str, int]) -> Cut:
+        """What to keep for `target`, a share of what the model has; `whole` are the first model's sizes by axis."""
+        candidates = self.limits.candidates(axes)
+        scores = score_axes(axes.types.gm, candidates, self.importance, self.context)
+        options: dict[str, Any] = {
+            "scope": self.scope,
+            "comparable": self.importance in COMPARABLE,
+            "whole": whole,
+        }
+        if self.metric == "latency":
+            return self._by_latency(axes, scores, target, options)
+        keep = choose(axes, scores, self.metric, target, self.limits, **options)
+        return Cut(_named(axes, keep), measure(axes, self.metric, candidates)(keep), {})
 
-def _check_ignored(axes: Axes, limits: Limits) -> None:
-    for name in limits.ignore:
-        if not any(Limits(ignore=(name,)).ignores(axis) for axis in axes):
-            raise RequestError(f"ignore names {name!r}, but no parameter of the model is called that or lies below it")
-
-
-def _removal_units(candidates: list[Axis], scores: dict[str, Tensor], limits: Limits) -> list[Unit]:
-    """Blocks of `round_to` indices by rising score, each axis' best `limits.least` left out."""
-    units = []
-    for axis in candidates:
-        score = normalised(scores[axis.name])
-        order = score.argsort(stable=True)
-        counts = sorted({limits.rounded(n, axis.size) for n in range(limits.least(axis.size), axis.size + 1)})
-        ends = [axis.size - n for n in reversed(counts)]
-        for begin, end in pairwise(ends):
-            block = order[begin:end]
-            units.append(Unit(float(score[block].mean()), axis, block))
-    return sorted(units, key=lambda unit: unit.score)
-
-
-def _others(size: int, gone: Tensor) -> Tensor:
-    stays = torch.ones(size, dtype=torch.bool)
-    stays[gone] = False
-    return stays.nonzero()[:, 0]
+    def _by_latency(self, axes: Axes, scores: Scores, target: float, options: dict[str, Any]) -> Cut:
+        clock = Latency(axes, self.latency_batch, progress=self.context.progress)
+        found = choose_by_latency(axes, scores, target, self.limits, clock, exact=self.exact, **options)
+        note = {"predicted": found.predicted, "measured": found.measured, "whole_ms": found.whole_ms}
+        return Cut(_named(axes, found.keep), found.measured, note)
 
 
-def _measure(axes: Axes, metric: str, candidates: list[Axis]) -> Callable[[dict[Atom, Tensor]], float]:
-    """The share of `metric` that is left for given kept indices; MACs and parameters are counted on a model that holds
-    no data."""
-    if metric == "ratio":
-        total = sum(a.size for a in candidates)
-        return lambda keep: sum(len(keep[a.atom]) if a.atom in keep else a.size for a in candidates) / max(total, 1)
-    count = count_macs if metric == "macs" else count_parameters
-    gm = axes.types.gm
-    ghost_axes = infer_axes(_without_data(gm))
-    twin = {axis.atom: ghost_axes[axis.name].atom for axis in candidates}
-    whole = count(gm)
-    return lambda keep: count(shrink_axes(ghost_axes, {twin[a]: k for a, k in keep.items()})) / max(whole, 1)
-
-
-def _without_data(gm: fx.GraphModule) -> fx.GraphModule:
-    memo: dict[int, object] = {}
-    for tensor in [*gm.parameters(), *gm.buffers()]:
-        ghost = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(ghost) if isinstance(tensor, nn.Parameter) else ghost
-    return deep_copy(gm, memo)
+def _named(axes: Axes, keep: Keep) -> dict[str, list[int]]:
+    return {axis.name: keep[axis.atom].tolist() for axis in axes if axis.atom in keep}

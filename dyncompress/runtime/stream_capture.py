@@ -27,8 +27,21 @@ def capture_empty(
     Raises:
         RequestError: as `capture`.
     """
+    return capture_on_meta(build_empty(build, dtype), example_inputs, dtype)
+
+
+def build_empty(build: Callable[[], nn.Module], dtype: torch.dtype | None = None) -> nn.Module:
+    """The model that `build` makes, its parameters on the meta device, its buffers with their values."""
     with _default_dtype(dtype), _parameters_on_meta():
-        model = build()
+        return build()
+
+
+def capture_on_meta(model: nn.Module, example_inputs: Inputs, dtype: torch.dtype | None = None) -> fx.GraphModule:
+    """Captures what `build_empty` made, which moves to the meta device; the captured model has its buffers' values.
+
+    Raises:
+        RequestError: as `capture`.
+    """
     values = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if not buffer.is_meta}
 
     def on_meta(leaf: Any) -> Any:

@@ -126,6 +126,11 @@ def finish(
     sync_folder(folder)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a folder is whole."""
+    return (folder / INDEX).is_file() and (folder / GRAPH).is_file() and not (folder / JOURNAL).exists()
+
+
 def is_model_folder(path: Path) -> bool:
     """Whether a path is a folder that holds, or is going to hold, a model with its graph."""
     return path.is_dir() and any((path / name).is_file() for name in (GRAPH, JOURNAL))
@@ -137,7 +142,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         RequestError: the folder is unfinished, or its files are missing or damaged.
     """
-    if not (folder / INDEX).is_file() or not (folder / GRAPH).is_file():
+    if not is_finished(folder):
         raise RequestError(f"{folder} is unfinished: run the command that makes it again; it goes on where it stopped")
     document, tensors = read_file(folder / GRAPH)
     shards = document.pop("shards", None)
