@@ -1,0 +1,213 @@
+"""Side by side with Torch-Pruning: every model of models.txt, both libraries, each in a process of its own.
+
+    pip install --no-deps torch-pruning==1.6.1
+    python benchmarks/vs_torch_pruning.py [SOURCE:NAME ...] [--limit 120]      writes benchmarks/vs_torch_pruning.json
+
+Rows that the results hold are not measured again. One thread; ours and theirs take turns. Before the clock starts each
+library prunes a two-layer perceptron (`start_s`: imports and first-use caches); a model is then built and pruned up to
+three times within 8 s, and the median counts. A library manages a model when the pruned one returns outputs of the
+original's shapes and has fewer parameters. `oracle` is the largest difference between the masked and the pruned model,
+relative to `effect`, what the mask changes in the output, in float64 on one sample, norms at one count (see
+vs_torch_pruning_sides.py).
+"""
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing as mp
+import os
+import sys
+import time
+import types
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from model_list import MODELS, build
+from torch import nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+from vs_torch_pruning_sides import SIDES, Seconds, Unknown, call
+
+RESULTS = Path(__file__).with_suffix(".json")
+ROUNDS, ROUNDS_S = 3, 8
+
+
+def main() -> None:
+    """Measures what the results lack, then prints the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS, help="SOURCE:NAME; default: all of models.txt")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one library on one model")
+    options = parser.parse_args()
+    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rows = result.get("models", {})
+    for turn, name in enumerate(tqdm(options.models, desc="models")):
+        for side in sorted(SIDES, reverse=turn % 2 == 1):
+            if side not in rows.get(name, {}):
+                rows.setdefault(name, {})[side] = row = in_own_process(name, side, options.limit)
+                tqdm.write(f"{name} {side}: {json.dumps(row)}")
+                write(RESULTS, {**result, **header(), "summary": summary(rows), "models": rows})
+    print(json.dumps(summary(rows), indent=1))
+
+
+def header(script: str = "vs_torch_pruning.py") -> dict[str, Any]:
+    """How to repeat the measurement."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torch-pruning", "timm", "transformers")}
+    return {"command": f"python benchmarks/{script}", "threads": 1, "versions": versions}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Beside its place first, then renamed: an interrupted run leaves the old file."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+# --- one library on one model, in a process of its own -----------------------------------------------------------
+
+
+def in_own_process(name: str, side: str, limit: float) -> dict[str, Any]:
+    """The row of one library on one model; the structural part and the oracle may take `limit` seconds each."""
+    context = mp.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(name, side, sender))
+    process.start()
+    sender.close()
+    row = _await(receiver, "ready", 600)
+    row = row if "ok" in row else _await(receiver, "measured", limit)
+    if row["ok"]:
+        row |= _await(receiver, "oracle", limit)
+    process.kill()
+    process.join()
+    return row
+
+
+def _await(receiver: Connection, wanted: str, limit: float) -> dict[str, Any]:
+    """What the child reports under `wanted`; a failure of that part where it does not come."""
+    end, stage = time.monotonic() + limit, "start"
+    while receiver.poll(max(0.0, end - time.monotonic())):
+        try:
+            kind, value = receiver.recv()
+        except EOFError:
+            return _failed(wanted, f"process died in {stage}")
+        if kind == wanted:
+            return value
+        if kind == "failed":
+            return _failed(wanted, value)
+        stage = value
+    return _failed(wanted, f"timeout: over {limit:g} s in {stage}")
+
+
+def _failed(wanted: str, reason: str) -> dict[str, Any]:
+    return {"oracle": None, "oracle_reason": reason} if wanted == "oracle" else {"ok": False, "reason": reason}
+
+
+def _work(name: str, side: str, sender: Connection) -> None:
+    """Child process: reports ready, measured and oracle, and each stage as it is entered."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    # A CPU-only torch cannot load torchvision's compiled operators, which no model here needs; transformers imports it.
+    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
+
+    reached = ["start"]
+
+    def stage(text: str) -> None:
+        reached.append(text)
+        sender.send(("stage", text))
+
+    try:
+        begin = time.perf_counter()
+        perceptron = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        SIDES[side].halve(perceptron, torch.randn(1, 4), {}, stage)
+        start_s = time.perf_counter() - begin
+        build(name)  # imports of the model's own library
+        sender.send(("ready", {}))
+        row = measure(name, side, stage) | {"start_s": round(start_s, 2)}
+        sender.send(("measured", row))
+        if row["ok"]:
+            stage("oracle")
+            sender.send(("oracle", oracle(name, side)))
+    except Unknown as error:
+        sender.send(("failed", str(error)))
+    except BaseException as error:  # whatever it is, it is this library's result on this model
+        line = next(iter(str(error).strip().splitlines()), "")
+        sender.send(("failed", f"{type(error).__name__} in {reached[-1]}: {line}"[:300]))
+
+
+def measure(name: str, side: str, stage: Any) -> dict[str, Any]:
+    """Success, parameters left, and the median seconds of up to ROUNDS rounds."""
+    rounds: list[Seconds] = []
+    begin = time.perf_counter()
+    while len(rounds) < ROUNDS and (not rounds or time.perf_counter() - begin < ROUNDS_S):
+        model, inputs = build(name)
+        whole, shapes = _count(model), [t.shape for t in call(model, inputs)]
+        seconds: Seconds = {}
+        small = SIDES[side].halve(model, _first_sample(inputs), seconds, stage)
+        rounds.append(seconds)
+        if len(rounds) == 1:
+            stage("forward")
+            left, same = _count(small) / whole, [t.shape for t in call(small.eval(), inputs)] == shapes
+            if not same or left >= 1:
+                return {"ok": False, "reason": "no-op" if same else "wrong output shape", "parameters_left": left}
+    parts = {part: round(median(r[part] for r in rounds), 4) for part in rounds[0]}
+    total = median(sum(r.values()) for r in rounds)
+    return {"ok": True, "seconds": round(total, 4), "parts": parts, "parameters_left": round(left, 4)}
+
+
+def oracle(name: str, side: str) -> dict[str, Any]:
+    """The gap between masked and pruned in float64; in float32 where the model writes float32 into its own code."""
+    try:
+        return {**_gap_in(torch.float64, name, side), "in": "float64"}
+    except RuntimeError as error:
+        if "double" not in str(error).lower():
+            raise
+        return {**_gap_in(torch.float32, name, side), "in": "float32"}
+
+
+def _gap_in(dtype: torch.dtype, name: str, side: str) -> dict[str, float]:
+    model, inputs = build(name)
+    call(model.train(), inputs)  # batch norms see real activations: with the initial ones a deep network is all zero
+    model = model.eval().to(dtype)
+    one = pytree.tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, _first_sample(inputs))
+    full = call(model, one)
+    masked, small = SIDES[side].masked_and_small(model, one)
+    zeroed, pruned = call(masked, one), call(small.eval(), one)
+    effect = _gap(full, zeroed)
+    return {"oracle": _gap(zeroed, pruned) / effect, "effect": effect}
+
+
+def _first_sample(inputs: Any) -> Any:
+    return pytree.tree_map(lambda x: x[:1], inputs)
+
+
+def _gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# --- summary -----------------------------------------------------------------------------------------------------
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Counts, and the ratio of seconds (ours over theirs) over the models that both manage."""
+    both = {n: r for n, r in rows.items() if len(r) == 2 and all(side["ok"] for side in r.values())}
+    ratio = {n: round(r["ours"]["seconds"] / r["torch_pruning"]["seconds"], 3) for n, r in both.items()}
+    return {
+        "managed": {side: sum(r.get(side, {}).get("ok", False) for r in rows.values()) for side in SIDES},
+        "of": len(rows),
+        "both": len(both),
+        "median_ratio": round(median(ratio.values()), 3) if ratio else None,
+        "largest_ratio": max(ratio.items(), key=lambda item: item[1], default=None),
+        "over_3": sorted(n for n, r in ratio.items() if r > 3),
+        "ratio": dict(sorted(ratio.items(), key=lambda item: item[1])),
+    }
+
+
+if __name__ == "__main__":
+    main()

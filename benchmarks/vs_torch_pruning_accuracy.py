@@ -1,0 +1,292 @@
+"""Accuracy side by side with Torch-Pruning: same trained network, same MACs, same fine-tuning, three seeds.
+
+    pip install --no-deps torch-pruning==1.6.1
+    python benchmarks/vs_torch_pruning_accuracy.py [--data ../shared/data] [--seeds 3]
+                                                                  writes benchmarks/vs_torch_pruning_accuracy.json
+
+A ResNet-20 with a stride-2 stem is trained on a part of Fashion-MNIST, cut to half its MACs by every importance of both
+libraries, and fine-tuned: same batches, optimiser and schedule; batch norms are recalibrated on neither side.
+Torch-Pruning ranks within layers and globally, at the smallest pruning ratio (in steps of 1/256) that meets the target.
+MACs of both come from PyTorch's own FlopCounterMode. Importances that need data see the same 512 training samples
+(Hessian: 128).
+Accuracy is that of the 10,000 test images. Trained networks are kept in runs/, so that an interrupted run resumes.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from vs_torch_pruning import header, write
+
+import dyncompress as dc
+from dyncompress.compress.importance import IMPORTANCES
+from dyncompress.compress.importance.gradients import FISHER_SAMPLES
+from dyncompress.model_zoo.resnet import BasicBlock
+
+RESULTS = Path(__file__).with_suffix(".json")
+CHECKPOINTS = Path(__file__).parent.parent / "runs" / "vs_torch_pruning"
+MACS = 0.5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both libraries share."""
+
+    train_images: int = 20_000
+    epochs: int = 4
+    learning_rate: float = 0.1
+    tuning_images: int = 10_000
+    tuning_epochs: int = 1
+    tuning_rate: float = 0.02
+    batch: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    scoring_images: int = 512
+
+
+SETTING = Setting()
+
+Data = tuple[Tensor, Tensor]
+
+
+def main() -> None:
+    """Measures what the results lack, then prints the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parent.parent / "../shared/data")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    file = options.data / "fashion_mnist" / "fashion_mnist.npz"
+    if not file.exists():
+        print(f"skipped: no {file}; --data names the folder that holds fashion_mnist/")
+        return
+    torch.set_num_threads(1)
+    train, test = load(file)
+    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if result.get("setting", asdict(SETTING)) != asdict(SETTING):
+        sys.exit(f"{RESULTS.name} holds results of another setting; move it away first")
+    rows: dict[str, Any] = result.get("seeds", {})
+    for seed in range(options.seeds):
+        model = trained(seed, train)
+        row = rows.setdefault(str(seed), {"unpruned": accuracy(model, test), "macs": macs_of(model, test)})
+        for name in tqdm([m for m in methods() if m not in row], desc=f"seed {seed}"):
+            row[name] = measure(methods()[name], model, seed, train, test)
+            tqdm.write(f"seed {seed} {name}: {json.dumps(row[name])}")
+            found = {"setting": asdict(SETTING), "summary": summary(rows), "seeds": rows}
+            write(RESULTS, {**header("vs_torch_pruning_accuracy.py"), **found})
+    print(json.dumps(summary(rows), indent=1))
+
+
+def load(file: Path) -> tuple[Data, Data]:
+    """(N, 1, 28, 28) float in about -1..1 and int64 labels, of the training part and the test set."""
+    arrays = np.load(file)
+    first = SETTING.train_images
+
+    def data(x: Any, y: Any) -> Data:
+        return (torch.from_numpy(x).float()[:, None] / 255 - 0.286) / 0.353, torch.from_numpy(y).long()
+
+    return data(arrays["x_train"][:first], arrays["y_train"][:first]), data(arrays["x_test"], arrays["y_test"])
+
+
+class ResNet20(nn.Module):
+    """(B, 1, 28, 28) -> (B, 10): widths 16, 32, 64, three basic blocks each, a stem of stride 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        shapes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
+        self.blocks = nn.Sequential(*(BasicBlock(*shape) for shape in shapes))
+        self.classifier = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def trained(seed: int, train: Data) -> nn.Module:
+    """The trained network of a seed, from its file where there is one."""
+    torch.manual_seed(seed)
+    model, file = ResNet20(), CHECKPOINTS / f"resnet20-{seed}.pt"
+    if file.exists():
+        model.load_state_dict(torch.load(file, weights_only=True))
+        return model.eval()
+    fit(model, train, SETTING.epochs, SETTING.learning_rate, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), file)
+    return model.eval()
+
+
+def fit(model: nn.Module, data: Data, epochs: int, rate: float, seed: int) -> None:
+    """SGD with momentum, cosine schedule; the batches depend on the seed alone."""
+    x, y = data
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.SGD(
+        model.parameters(), rate, SETTING.momentum, weight_decay=SETTING.weight_decay, nesterov=True
+    )
+    batches = [b for _ in range(epochs) for b in torch.randperm(len(x), generator=generator).split(SETTING.batch)]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, len(batches))
+    model.train()
+    for batch in tqdm(batches, desc="training", leave=False):
+        optimiser.zero_grad()
+        F.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimiser.step()
+        schedule.step()
+    model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, test: Data) -> float:
+    """Share of the test images, 0..1."""
+    model.eval()
+    right = [(model(x).argmax(1) == y).sum() for x, y in zip(test[0].split(500), test[1].split(500), strict=True)]
+    return float(sum(right)) / len(test[1])
+
+
+@torch.no_grad()
+def macs_of(model: nn.Module, test: Data) -> int:
+    """Multiply-adds of one image by PyTorch's counter (two operations each)."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model.eval()(test[0][:1])
+    return counter.get_total_flops() // 2
+
+
+# --- pruning -----------------------------------------------------------------------------------------------------
+
+Method = Callable[[nn.Module, Data], nn.Module]
+
+
+def methods() -> dict[str, Method]:
+    """Every importance of both libraries, ranked globally and within axes, by name; random ones left out."""
+    ours = {f"ours:{name}:{scope}": _ours(name, scope)
+            for name in IMPORTANCES if name != "random" for scope in ("global", "axis")}  # fmt: skip
+    theirs = {f"torch_pruning:{name}:{scope}": _theirs(name, scope == "global")
+              for name in THEIRS for scope in ("global", "local")}  # fmt: skip
+    return ours | theirs
+
+
+def _ours(importance: str, scope: str) -> Method:
+    def prune(model: nn.Module, train: Data) -> nn.Module:
+        seen = TensorDataset(*(t[: SETTING.scoring_images] for t in train))
+        return dc.prune(model, train[0][:1], macs=MACS, importance=importance, scope=scope, data=seen)
+
+    return prune
+
+
+# name in its importance module, arguments
+THEIRS: dict[str, tuple[str, dict[str, int]]] = {
+    "l1": ("GroupMagnitudeImportance", {"p": 1}),
+    "l2": ("GroupMagnitudeImportance", {"p": 2}),
+    "taylor": ("GroupTaylorImportance", {}),
+    "hessian": ("GroupHessianImportance", {}),
+    "bn-scale": ("BNScaleImportance", {}),
+    "lamp": ("LAMPImportance", {}),
+    "fpgm": ("FPGMImportance", {}),
+}
+
+
+def _theirs(importance: str, everywhere: bool) -> Method:
+    def prune(model: nn.Module, train: Data) -> nn.Module:
+        """The largest of the networks within the target, over pruning ratios in steps of 1/256."""
+        best, low, high = None, 0, 256
+        goal = MACS * macs_of(model, train)
+        while low < high:
+            middle = (low + high) // 2
+            small = _one_step(model, train, importance, everywhere, middle / 256)
+            if macs_of(small, train) <= goal:
+                best, high = small, middle
+            else:
+                low = middle + 1
+        assert best is not None
+        return best
+
+    return prune
+
+
+def _one_step(model: nn.Module, train: Data, importance: str, everywhere: bool, ratio: float) -> nn.Module:
+    import torch_pruning as tp
+
+    small = copy.deepcopy(model)
+    name, arguments = THEIRS[importance]
+    scorer = getattr(tp.importance, name)(**arguments)
+    _differentiate(small, importance, scorer, train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tp.pruner.BasePruner(
+            small,
+            train[0][:1],
+            importance=scorer,
+            pruning_ratio=ratio,
+            global_pruning=everywhere,
+            ignored_layers=[small.classifier],
+        ).step()
+    small.zero_grad()
+    return small
+
+
+def _differentiate(model: nn.Module, importance: str, scorer: Any, train: Data) -> None:
+    """The gradients an importance asks for, as its docstring shows: of the summed loss, or of each sample's own."""
+    x, y = (t[: SETTING.scoring_images] for t in train)
+    if importance == "taylor":
+        for inputs, labels in zip(x.split(64), y.split(64), strict=True):
+            F.cross_entropy(model(inputs), labels).backward()
+    elif importance == "hessian":
+        for inputs, labels in zip(x[:FISHER_SAMPLES].split(1), y[:FISHER_SAMPLES].split(1), strict=True):
+            model.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            scorer.accumulate_grad(model)
+
+
+def measure(prune: Method, model: nn.Module, seed: int, train: Data, test: Data) -> dict[str, Any]:
+    """Share of MACs and parameters left, accuracy before and after fine-tuning."""
+    begin = time.perf_counter()
+    small = prune(model, train)
+    seconds = time.perf_counter() - begin
+    before = accuracy(small, test)
+    part = SETTING.tuning_images
+    fit(small, (train[0][:part], train[1][:part]), SETTING.tuning_epochs, SETTING.tuning_rate, seed + 1000)
+    return {
+        "macs_left": round(macs_of(small, test) / macs_of(model, test), 4),
+        "parameters_left": round(_count(small) / _count(model), 4),
+        "before": before,
+        "after": accuracy(small, test),
+        "prune_s": round(seconds, 2),
+    }
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def summary(rows: dict[str, Any]) -> dict[str, Any]:
+    """Means over the seeds that have every method, best first."""
+    full = [row for row in rows.values() if all(name in row for name in methods())]
+    if not full:
+        return {}
+    means = {
+        name: {key: round(mean(row[name][key] for row in full), 4) for key in ("before", "after", "macs_left")}
+        for name in methods()
+    }
+    ranked = dict(sorted(means.items(), key=lambda item: -item[1]["after"]))
+    best = {side: max(v["after"] for n, v in means.items() if n.startswith(side)) for side in ("ours", "torch_pruning")}
+    return {"seeds": len(full), "unpruned": round(mean(row["unpruned"] for row in full), 4), "best": best, **ranked}
+
+
+if __name__ == "__main__":
+    main()
