@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .runtime.policy import ExitPolicy
     from .runtime.stream import shrink_checkpoint
     from .runtime.stream_capture import capture_empty
+    from .runtime.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOMES = {
     "runtime.dynamic": ("DynamicModel", "Prediction"),
     "runtime.onnx_export": ("export_onnx",),
     "runtime.policy": ("ExitPolicy",),
+    "runtime.verify": ("Verification", "verify"),
     "runtime.stream": ("shrink_checkpoint",),
     "runtime.stream_capture": ("capture_empty",),
     "model_zoo.data": ("load_data",),
@@ -56,6 +58,7 @@ __all__ = [
     "Plan",
     "Prediction",
     "RequestError",
+    "Verification",
     "capture",
     "capture_empty",
     "convert",
@@ -73,6 +76,7 @@ __all__ = [
     "save",
     "shrink",
     "shrink_checkpoint",
+    "verify",
 ]
 
 

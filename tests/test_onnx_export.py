@@ -25,7 +25,7 @@ from dyncompress.passes.ragged import RaggedRecurrent
 from dyncompress.runtime.dynamic import DynamicModel
 from dyncompress.runtime.onnx_check import Tolerance, check_file
 from dyncompress.runtime.onnx_export import OnnxReport, export_onnx
-from dyncompress.runtime.onnx_samples import random_inputs
+from dyncompress.runtime.samples import random_inputs
 from dyncompress.runtime.policy import ExitPolicy
 
 # rule, and the share of the samples that each exit may let go (None: off)

@@ -23,11 +23,11 @@ def keep_counts(types: Typing, small: fx.GraphModule, twins: Twins, keep: Mappin
     """
     shrunk = {s.node for s in types.statistics if new_size(s.dim, keep) != s.dim.size}
     for old, new in twins:
-        if old.name not in shrunk or op_name(old) in _NOT_AVERAGED:
+        if old.name not in shrunk:
             continue
         if old.op == "call_module":
             _replace_norm(types, small, old)
-        elif not count_op(old, new, _averaged(types, old)):
+        elif op_name(old) not in _NOT_AVERAGED and not count_op(old, new, _averaged(types, old)):
             raise RequestError(f"exact=True cannot keep the count of {old.name} ({op_name(old)}); use exact=False")
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from .axes import Axes, as_keep, infer_axes
 from .branches import remove_branches
+from .constants import fold_constants
 from .copying import deep_copy
 from .dims import Atom, new_size
 from .exact import keep_counts
@@ -26,7 +27,8 @@ def shrink(gm: fx.GraphModule, keep: Keep, *, exact: bool = False) -> fx.GraphMo
     every one in the module.
 
     Where the removed indices contribute nothing it computes what `gm` computes. Norms and means over a shrunk axis
-    divide by the new count; `exact=True` keeps the old one, as if what was removed were zero.
+    divide by the new count; `exact=True` keeps the old one, as if what was removed were zero, and adds what removed
+    indices without incoming weights leave behind, a constant, to the next bias (see `constants`).
 
     Raises:
         RequestError: unknown or frozen axis, an index out of range, or nothing kept.
@@ -47,6 +49,7 @@ def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False)
         new.meta["val"] = _resized(old.meta.get("val"), types.dims.get(old, ()), keep)
     if exact:
         keep_counts(types, small, twins, keep)
+        fold_constants(types, small, keep)
     remove_branches(small, [branch for atom, branch in axes.branches.items() if atom in keep])
     small.recompile()
     return small

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DynCompressError
 from .dynamic import DynamicModel, Prediction
-from .onnx_samples import call_flat
+from .samples import call_flat
 from .policy import RULES
 
 BATCHES = (1, 3, 64)

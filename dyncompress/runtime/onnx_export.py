@@ -16,7 +16,7 @@ from ..passes.copying import deep_copy
 from .dynamic import DynamicModel
 from .onnx_check import BATCHES, Tolerance, check_file
 from .onnx_compose import compose, compose_static
-from .onnx_samples import call_flat, given_inputs, random_inputs
+from .samples import call_flat, given_inputs, random_inputs
 from .onnx_segments import trace_segments, trace_static
 from .onnx_trace import quiet
 

@@ -1,4 +1,4 @@
-"""Inputs that look real enough to check an exported file on: valid token ids, masks with padding, varied magnitudes."""
+"""Inputs that look real enough to check a model on: valid token ids, masks with padding, varied magnitudes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -55,7 +55,7 @@ def given_inputs(gm: fx.GraphModule, inputs: Inputs, batch: int) -> list[Any]:
     flat = flat_inputs(gm, args, kwargs)
     count = batch_size(gm, flat)
     if count == 0:
-        raise RequestError("inputs= holds no samples to check the exported file on; give at least one")
+        raise RequestError("inputs= holds no samples to check on; give at least one")
     rows = torch.arange(batch) % count
     return [x[rows] if 0 in s.get("dynamic", ()) else x for s, x in zip(gm.meta["inputs"], flat, strict=True)]
 
