@@ -150,7 +150,7 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(
         [sys.executable, __file__, str(source), str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
     )
     killed, events = json.loads(worker.stdout)
-    assert len(killed) > 8 and killed[-1] < events <= killed[-1] + STEP  # all that were to be killed were
+    assert len(killed) >= 8 and killed[-1] < events <= killed[-1] + STEP  # all that were to be killed were
     finished = set()
     for at in killed:
         left = tmp_path / f"killed-{at}"
