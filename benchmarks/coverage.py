@@ -1,17 +1,20 @@
-"""Captures, types and halves every model of the list, and holds each to the masked oracle.
+"""Captures, types and halves every model of the list, holds each to the masked oracle and puts the result to use.
 
     python benchmarks/coverage.py [SOURCE:NAME ...]      writes benchmarks/coverage.json
 
-A model passes when half of every prunable axis can be removed and the smaller model returns the right shapes.
+A model passes when half of every prunable axis (branches aside) can be removed and the smaller model returns the
+right shapes, trains a step, comes back from its file the same, and runs as ONNX; `failed` names what does not work.
 `oracle` is the largest difference between the masked and the shrunk model (exact mode), relative to `effect`, what the
-mask changes in the output, in float64.
+mask changes in the output. `branches` is the same for the removal of every other residual branch.
 """
 
 import json
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +23,44 @@ from model_list import MODELS, build
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dyncompress import RequestError
-from dyncompress.passes.axes import infer_axes
-from dyncompress.passes.capture import capture, split_inputs
+import dyncompress as dc
+from dyncompress.passes.axes import Axes
+from dyncompress.passes.capture import split_inputs
 from dyncompress.passes.cost import count_macs
-from dyncompress.passes.shrink import mask, shrink
+from dyncompress.passes.typing import attribute
 
 
 def measure(name: str) -> dict[str, Any]:
     """One row of the table."""
     model, inputs = build(name)
     begin = time.perf_counter()
-    gm = capture(model, inputs)
+    gm = dc.capture(model, inputs)
     captured = time.perf_counter()
-    axes = infer_axes(gm)
+    axes = dc.infer_axes(gm)
     typed = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
     keep = {
         axis.name: torch.randperm(axis.size, generator=generator)[: (axis.size + 1) // 2].tolist()
         for axis in axes.prunable
+        if axis.kind != "branch"
     }
-    small = shrink(gm, keep)
+    small = dc.shrink(gm, keep)
     shrunk = time.perf_counter()
     args, kwargs = split_inputs(inputs)
     with torch.no_grad():
-        full, ours, half = model(*args, **kwargs), gm(*args, **kwargs), small(*args, **kwargs)
-    same_shapes = [a.shape for a in _tensors(full)] == [a.shape for a in _tensors(half)]
+        full, ours = model(*args, **kwargs), gm(*args, **kwargs)
+    failed = _failures(small, full, args, kwargs)
     return {
         "model": name,
-        "ok": same_shapes,
+        "ok": not failed,
+        **({"failed": failed} if failed else {}),
         "capture_s": round(captured - begin, 3),
         "typing_s": round(typed - captured, 4),
         "shrink_s": round(shrunk - typed, 3),
         "capture_error": _gap(full, ours),
-        "prunable": len(axes.prunable),
-        "axes": len(axes),
+        "prunable": dict(Counter(axis.kind for axis in axes.prunable)),
+        "prunable_share": round(_prunable_share(gm, axes), 3),
+        "frozen": dict(Counter(axis.reason for axis in axes if _is_learned(gm, axis) and not axis.prunable)),
         "parameters_left": round(_count(small) / _count(gm), 3),
         "macs_left": round(count_macs(small) / count_macs(gm), 3),
         "untyped": sorted(set(axes.untyped.values())),
@@ -62,28 +68,82 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
+def _failures(small: Any, full: Any, args: Any, kwargs: Any) -> dict[str, str]:
+    """What the smaller model cannot do, with the reason."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            half = small(*args, **kwargs)
+        assert [a.shape for a in _tensors(full)] == [a.shape for a in _tensors(half)], "the output has another shape"
+
+    def backward() -> None:
+        sum(x.sum() for x in _tensors(small(*args, **kwargs)) if x.is_floating_point()).backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in small.parameters()), "a gradient is not finite"
+        assert any(p.grad is not None for p in small.parameters()), "no parameter has a gradient"
+
+    def save_and_load() -> None:
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            dc.save(small, f"{folder}/model.dyn.safetensors")
+            again = dc.load(f"{folder}/model.dyn.safetensors")
+            assert _gap(small(*args, **kwargs), again(*args, **kwargs)) == 0, "the loaded model computes something else"
+
+    def onnx() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            dc.export_onnx(small, f"{folder}/model.onnx")
+
+    failed = {}
+    for job in (forward, backward, save_and_load, onnx):
+        error = _error_of(job)
+        if error:
+            failed[job.__name__] = error
+    return failed
+
+
+def _error_of(job: Callable[[], None]) -> str:
+    try:
+        job()
+    except Exception as error:
+        if sys.argv[1:]:
+            traceback.print_exc()
+        return f"{type(error).__name__}: {error}"[:300]
+    return ""
+
+
+def _is_learned(gm: Any, axis: dc.Axis) -> bool:
+    return any(isinstance(attribute(gm, piece.tensor), torch.nn.Parameter) for piece in axis.slices)
+
+
+def _prunable_share(gm: Any, axes: Axes) -> float:
+    """The share of the parameters that some prunable axis (no branch) runs through."""
+    names = {piece.tensor for axis in axes.prunable if axis.kind != "branch" for piece in axis.slices}
+    return sum(p.numel() for n, p in gm.named_parameters() if n in names) / _count(gm)
+
+
 def _oracle(gm: Any, keep: dict[str, list[int]], args: Any, kwargs: Any) -> dict[str, Any]:
-    """In float64, on one sample; in float32 where the model writes float32 into its own code."""
+    """On one sample, in float32 and float64; no float64 where the model writes float32 into its own code."""
     with torch.no_grad():  # statistics of real activations: with the initial ones a deep random network is all zero
         gm.train()(*args, **kwargs)
     args, kwargs = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) else x, (args, kwargs))
+    branches = [axis.name for axis in dc.infer_axes(gm) if axis.kind == "branch"][::2]
+    found: dict[str, Any] = {"oracle_float32": _masked_gap(gm.eval(), keep, args, kwargs)}
     try:
-        doubled = pytree.tree_map(_double, (args, kwargs))
-        return {**_masked_gap(gm.eval().double(), keep, *doubled), "in": "float64"}
-    except RequestError as error:
-        return {"oracle": None, "oracle_reason": str(error)}
+        args, kwargs = pytree.tree_map(_double, (args, kwargs))
+        found["oracle"] = _masked_gap(gm.double(), keep, args, kwargs)
+        if branches:
+            found["branches"] = _masked_gap(gm, {name: [] for name in branches}, args, kwargs)
     except RuntimeError as error:
         if "double" not in str(error):
             raise
-        return {**_masked_gap(gm.float(), keep, args, kwargs), "in": "float32"}
+        found["oracle"] = None
+    return found
 
 
-def _masked_gap(gm: Any, keep: dict[str, list[int]], args: Any, kwargs: Any) -> dict[str, float]:
+def _masked_gap(gm: Any, keep: dict[str, list[int]], args: Any, kwargs: Any) -> float:
+    """The largest difference of masked and shrunk over what the mask changes."""
     with torch.no_grad():
         full = gm(*args, **kwargs)
-        masked, small = mask(gm, keep)(*args, **kwargs), shrink(gm, keep, exact=True)(*args, **kwargs)
-    effect = _gap(full, masked)
-    return {"oracle": _gap(masked, small) / effect, "effect": effect}
+        masked, small = dc.mask(gm, keep)(*args, **kwargs), dc.shrink(gm, keep, exact=True)(*args, **kwargs)
+    return _gap(masked, small) / max(_gap(full, masked), 1e-30)
 
 
 def _double(leaf: Any) -> Any:

@@ -19,6 +19,8 @@ def build(name: str) -> Built:
 
     Parameters that start at zero (heads, last norms of a branch) get small random values, or outputs would be constant.
     """
+    # A CPU-only torch cannot load torchvision's compiled operators; the models need none of them.
+    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
     source, _, kind = name.partition(":")
     torch.manual_seed(0)
     model, inputs = {"torchvision": _torchvision, "timm": _timm, "hf": _hf}[source](kind)
@@ -29,8 +31,6 @@ def build(name: str) -> Built:
 
 
 def _torchvision(name: str) -> Built:
-    # A CPU-only torch cannot load torchvision's compiled operators; its models need none of them.
-    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
     import torchvision
 
     extra: dict[str, Any] = {"aux_logits": False} if name in {"googlenet", "inception_v3"} else {}
@@ -41,7 +41,6 @@ def _torchvision(name: str) -> Built:
 
 
 def _timm(name: str) -> Built:
-    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
     import timm
 
     model = timm.create_model(name, pretrained=False)

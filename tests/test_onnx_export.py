@@ -25,8 +25,8 @@ from dyncompress.passes.ragged import RaggedRecurrent
 from dyncompress.runtime.dynamic import DynamicModel
 from dyncompress.runtime.onnx_check import Tolerance, check_file
 from dyncompress.runtime.onnx_export import OnnxReport, export_onnx
-from dyncompress.runtime.samples import random_inputs
 from dyncompress.runtime.policy import ExitPolicy
+from dyncompress.runtime.samples import random_inputs
 
 # rule, and the share of the samples that each exit may let go (None: off)
 POLICIES: dict[str, tuple[str, list[float | None]]] = {
@@ -469,3 +469,25 @@ def test_a_model_on_a_gpu_exports_from_there(tmp_path: Path) -> None:
     model = deep_copy(tied()).cuda()
     export_onnx(model, tmp_path / "a.onnx", inputs=torch.randn(4, 8).cuda())
     assert next(model.parameters()).is_cuda
+
+
+class Decoder(nn.Module):
+    """Tokens of any length attend to themselves and to a memory of another length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(30, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor, memory: Tensor) -> Tensor:
+        x = self.embed(ids).unflatten(-1, (2, 4)).transpose(1, 2)
+        m = memory.unflatten(-1, (2, 4)).transpose(1, 2)
+        x = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        x = nn.functional.scaled_dot_product_attention(x, m, m)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+def test_two_unknown_sizes_are_not_taken_for_equal_ones(tmp_path: Path) -> None:
+    gm = capture(Decoder().eval(), (torch.randint(0, 30, (2, 7)), torch.randn(2, 11, 8)))
+    export_onnx(gm, tmp_path / "decoder.onnx")
+    values = onnx.load(tmp_path / "decoder.onnx").graph.value_info
+    assert all(d.dim_param != "None" for v in values for d in v.type.tensor_type.shape.dim)

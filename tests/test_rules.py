@@ -117,6 +117,7 @@ FAMILIES: dict[str, tuple[Case, list[int]]] = {
         w.reshape(1, 6, -1), None, None, training=True, momentum=0.0).reshape_as(w)), w=(6, 8, 3, 3))), [6, 8]),
     "sum": (rows(lambda x: x + x.sum(-1, keepdim=True)), [8]),
     "roll": (rows(lambda x: x.roll(1, 1)), [8]),
+    "differences": (rows(lambda x: torch.cat([x, x.diff(dim=1)], 1)), [8]),
     "rolled features": (rows(lambda x: x.roll(1, -1)), []),
     "lstm": (rows(lambda x, r: r(x)[0], out=6, r=nn.LSTM(8, 6, batch_first=True)), [8, 6]),
     "two-way gru": (rows(

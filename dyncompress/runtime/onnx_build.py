@@ -141,9 +141,9 @@ def _renamed(shape: ir.Shape | None, symbols: Mapping[str, str], prefix: str) ->
     if shape is None:
         return None
 
-    def rename(size: int | ir.SymbolicDim) -> int | str:
-        if isinstance(size, int):
-            return size
+    def rename(size: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(size, int) or size.value is None:  # None: two unknown sizes need not be the same
+            return size if isinstance(size, int) else None
         return re.sub(r"\b[su]\d+\b", lambda m: symbols.get(m[0], f"{prefix}_{m[0]}"), str(size.value))
 
     return ir.Shape([rename(size) for size in shape])

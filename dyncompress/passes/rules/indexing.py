@@ -50,6 +50,15 @@ def reorder(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     return x
 
 
+@rule("diff")
+def diff(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
+    """Differences of neighbours: one index less for each repetition."""
+    x, at = list(t.of(a["self"])), a["dim"]
+    freeze(x[at], "the order of its indices matters")
+    x[at] = fresh(node.meta["val"].shape[at], "the order of its indices matters")
+    return tuple(x)
+
+
 @rule("tril", "triu")
 def triangle(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     x = t.of(a["self"])
