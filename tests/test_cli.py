@@ -420,7 +420,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
         (f"convert NET --data {__name__}:make_many_classes", "12 classes"),
         ("convert NET DATA --device abacus", "abacus"),
         ("convert NET DATA --input-shape 1,a", "--input-shape"),
-        ("prune NET DATA", "ratio, macs and params"),
+        ("prune NET DATA", "ratio, macs, params, bytes, latency"),
         ("prune NET DATA --macs 2", "macs"),
         ("prune NET --importance taylor --ratio 0.5", "--data"),
         ("prune NET --ratio 0.5", "--input-shape"),
@@ -515,9 +515,7 @@ def test_steps_have_the_defaults_of_their_functions(step: Any, function: Any) ->
     import inspect
 
     parameters = inspect.signature(function).parameters
-    own = {"finetune", "lr", "batch_size"} if isinstance(step, Prune) else set()
-    options = {name: value for name, value in vars(step).items() if name not in own}
-    assert options == {name: parameters[name].default for name in options}
+    assert vars(step) == {name: parameters[name].default for name in vars(step)}
 
 
 def test_folder_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_overrides(recipe_file: Path) -> None:
         ("model: m\nsteps: [convert, {prune: {macs: half}}]", "steps[1].prune: macs: expected float or null, got"),
         ("model: m\nsteps: [{prune: {macs: true}}]", "expected float or null, got True"),
         ("model: m\nsteps: [{prune: {round_to: 1.5}}]", "round_to: expected int, got 1.5"),
-        ("model: m\nsteps: [{prune: {importance: l3}}]", "importance: expected l2 or taylor, got 'l3'"),
+        ("model: m\nsteps: [{prune: {importance: l3}}]", "importance: expected l1 or l2 or taylor or hessian"),
         ("model: m\nsteps: [{prune: {ignore: fc}}]", "ignore: expected a list of str, got 'fc'"),
         ("model: m\nsteps: [prune]\nepochs: 3", "unknown key 'epochs': use one of model, data, arch"),
         ("!!python/object/apply:os.system [ls]", "is not YAML"),

@@ -69,12 +69,17 @@ def prune(
     data: Annotated[DataOptions, Flat] = _DATA,
     stream: Annotated[StreamOptions, Flat] = _STREAM,
     folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    verbose: Flag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Removes the least important channels, heads and hidden units: the model gets physically smaller."""
+    """Removes the least important channels, heads and hidden units: the model gets physically smaller.
+
+    Args:
+        verbose: Show every layer of a large model.
+    """
     if stream.stream or stream.drop:
         return _stream(model, step, source, data, stream, folder, json)
-    _run("prune", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
+    _run("prune", _recipe(model, (step,), source, data), folder, json, source.allow_pickle, verbose)
 
 
 @app.command
@@ -174,7 +179,14 @@ def _recipe(model: str, steps: tuple[Step, ...], source: ModelOptions, data: Dat
     )
 
 
-def _run(command: str, recipe: Recipe, options: FolderOptions, as_json: bool, allow_pickle: bool = False) -> None:
+def _run(
+    command: str,
+    recipe: Recipe,
+    options: FolderOptions,
+    as_json: bool,
+    allow_pickle: bool = False,
+    verbose: bool = False,
+) -> None:
     from . import results
     from .job import run_recipe
     from .models import short_name
@@ -186,7 +198,7 @@ def _run(command: str, recipe: Recipe, options: FolderOptions, as_json: bool, al
         report = run_recipe(
             recipe, folder, resume=options.resume, allow_pickle=allow_pickle, status=Console(stderr=True)
         )
-        results.show(report, printer.console)
+        results.show(report, printer.console, verbose=verbose)
         printer.result(report)
 
 

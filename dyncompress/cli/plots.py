@@ -1,19 +1,24 @@
-"""The two pictures of a dynamic model: accuracy against MACs, and how many samples each exit answers."""
+"""Pictures: of a dynamic model, accuracy against MACs and how many samples each exit answers; of a pruned one, what was
+kept."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _SIZE = (6.4, 4.0)  # inches
 _DPI = 150
+_ROW, _TALLEST = 0.16, 60.0  # inches, of one axis and of a picture
+_COLUMNS = 512
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(size: tuple[float, float] = _SIZE) -> tuple[Any, Any]:
     # An own canvas: no display and no global state of pyplot.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
@@ -47,3 +52,35 @@ def plot_exits(path: Path, exits: Sequence[Mapping[str, Any]]) -> None:
     axes.set(ylabel="samples answered (%)")
     axes.margins(y=0.12)
     figure.savefig(path)
+
+
+def plot_kept(path: Path, kept: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes which indices of each axis are kept as PNG: one bar code per axis, in network order, dark where kept.
+
+    kept: by axis name its size, kind and kept indices. Branches are shown where one of them is gone.
+    """
+    gone = any(axis["kind"] == "branch" and not axis["kept"] for axis in kept.values())
+    shown = {name: axis for name, axis in kept.items() if gone or axis["kind"] != "branch"}
+    if not shown:
+        return
+    height = min(_TALLEST, 1.0 + _ROW * len(shown))
+    figure, axes = _figure((8.0, height))
+    codes = np.stack([_bar_code(axis["size"], axis["kept"]) for axis in shown.values()])
+    axes.imshow(codes, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    every = -(-len(shown) // int(_TALLEST / _ROW))
+    labels = [f"{name}  {len(axis['kept'])}/{axis['size']}" for name, axis in shown.items()]
+    axes.set_yticks(range(0, len(shown), every), labels[::every], fontsize=6)
+    axes.set_yticks([row - 0.5 for row in range(1, len(shown))], minor=True)
+    axes.grid(which="minor", axis="y", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
+    axes.set_xticks([])
+    axes.set(xlabel="index of the axis, first to last; dark: kept", title="What was kept")
+    figure.savefig(path)
+
+
+def _bar_code(size: int, kept: Sequence[int]) -> Any:
+    """The share kept at each of `_COLUMNS` places along an axis."""
+    stays = np.zeros(size)
+    stays[list(kept)] = 1
+    fine = np.repeat(stays, _COLUMNS)  # every place is the mean of `size` entries of this
+    return fine.reshape(_COLUMNS, size).mean(1)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import fx, nn
+from torch import fx
 
 from ..runtime import checkpoint
 from ..runtime.dynamic import DynamicModel
 from ..runtime.recipe import Recipe
-from . import folders, plots, tables
+from . import folders, layers, plots, tables
 from .exporting import show_check
 from .measure import graph_of
 from .subject import Subject
@@ -44,12 +44,12 @@ def write(
         **measured,
     }
     if "pruned" in models:
-        report["layers"] = _layers(models["static"], models["pruned"])
+        _note_pruning(report, models, folder)
     if "static" in entries and isinstance(result, DynamicModel) and subject.data is not None:
         report["curve"] = tradeoff(result, subject.data, subject.device)
         _draw(folder, report, name)
     with (folder / TABLE).open("w", encoding="utf-8") as file:
-        show(report, Console(file=file, width=_TABLE_WIDTH))
+        show(report, Console(file=file, width=_TABLE_WIDTH), verbose=True)
     (folder / folders.REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     shutil.rmtree(folder / folders.STEPS, ignore_errors=True)
     return report
@@ -63,14 +63,14 @@ def _save(recipe: Recipe, folder: Path, model: fx.GraphModule | DynamicModel, en
     return path
 
 
-def _layers(before: nn.Module, after: nn.Module) -> list[dict[str, Any]]:
-    """The shape of every weight before and after."""
-    new = dict(after.named_parameters())
-    return [
-        {"name": name, "before": list(old.shape), "after": list(new[name].shape)}
-        for name, old in before.named_parameters()
-        if name in new and old.dim() > 1
-    ]
+def _note_pruning(report: dict[str, Any], models: Mapping[str, Any], folder: Path) -> None:
+    """What the first pruning did: the layers, the shares reached, and a picture of what was kept."""
+    pruned = models["pruned"]
+    done = pruned.meta["info"]["prune"]
+    report["layers"] = layers.compare_layers(models["static"], pruned)
+    report["prune"] = {key: value for key, value in done.items() if key != "kept"}
+    layers.write_csv(folder / "layers.csv", report["layers"])
+    plots.plot_kept(folder / "kept.png", done["kept"])
 
 
 def _draw(folder: Path, report: dict[str, Any], name: str) -> None:
@@ -89,12 +89,13 @@ def entries_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: value for name, value in report.items() if isinstance(value, dict) and "latency_ms" in value}
 
 
-def show(report: Mapping[str, Any], console: Console) -> None:
-    """Prints a report as tables."""
+def show(report: Mapping[str, Any], console: Console, *, verbose: bool = False) -> None:
+    """Prints a report as tables; `verbose`: every layer of a large model."""
     entries = entries_of(report)
     if "layers" in report:
-        cells = [(w["name"], _shape(w["before"]), _shape(w["after"])) for w in report["layers"]]
-        console.print(tables.rows("Weights", ("weight", "before", "after"), cells))
+        console.print(layers.table(report["layers"], verbose))
+        for line in _shares(report["prune"]):
+            console.print(line)
     for name, entry in entries.items():
         if "exits" in entry:
             console.print(tables.exits(entry["exits"], name))
@@ -106,5 +107,12 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         console.print(f"onnx: {report['onnx']}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _shape(sizes: list[int]) -> str:
-    return " x ".join(map(str, sizes))
+def _shares(done: Mapping[str, Any]) -> list[str]:
+    """One line per cut: what was asked for and what is left."""
+    lines = []
+    for number, step in enumerate(done["steps"], 1):
+        text = f"cut {number}: {step['left']:.3f} of the {done['metric']} is left, {step['goal']:.3f} was asked for"
+        if done["metric"] == "latency":
+            text += f" (this cut: {step['measured']:.3f} measured, {step['predicted']:.3f} predicted)"
+        lines.append(text)
+    return lines

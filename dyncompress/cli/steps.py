@@ -6,20 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import fx, nn
 
 from ..compress.convert import convert
-from ..compress.evaluate import logits_of
-from ..compress.prune import prune
+from ..compress.importance import NEED_DATA
+from ..compress.prune import RECALIBRATION_BATCHES, prune
 from ..compress.recalibrate import recalibrate_batchnorm
-from ..compress.trainer import fit
 from ..errors import RequestError
 from ..model_zoo.data import Splits
 from ..runtime.dynamic import DynamicModel
 from ..runtime.recipe import Convert, Export, Prune, Step
-
-_RECALIBRATION_BATCHES = 32
 
 
 def check_request(steps: Sequence[Step], data: str | None) -> None:
@@ -35,8 +31,8 @@ def check_request(steps: Sequence[Step], data: str | None) -> None:
 def _check_needs_no_data(step: Prune | Convert) -> None:
     if isinstance(step, Convert):
         raise RequestError("convert without data is not available yet: give labelled data, such as --data digits")
-    if step.finetune or step.importance == "taylor":
-        option = "finetune" if step.finetune else "importance taylor"
+    if step.finetune or step.importance in NEED_DATA:
+        option = "finetune" if step.finetune else f"importance {step.importance}"
         raise RequestError(f"{step.name} with {option} needs labelled data: give --data, such as --data digits")
 
 
@@ -72,17 +68,10 @@ def take(
     return convert(model, data=data, **asdict(step), **common)
 
 
-def _prune(step: Prune, model: fx.GraphModule, data: Splits | None, *, seed: int, **training: Any) -> fx.GraphModule:
-    options = {k: v for k, v in asdict(step).items() if k not in ("finetune", "lr", "batch_size")}
+def _prune(step: Prune, model: fx.GraphModule, data: Splits | None, *, seed: int, **run: Any) -> fx.GraphModule:
     if data is None:
-        return prune(model, **options)
-    small = prune(model, data=data.train, **options)
-    recalibrate_batchnorm(small, data.train, batches=_RECALIBRATION_BATCHES, seed=seed)
-    if step.finetune:
-        training |= {"epochs": step.finetune, "lr": step.lr, "batch_size": step.batch_size}
-        fit(small, _cross_entropy, data.train, seed=seed, **training)
+        return prune(model, seed=seed, **asdict(step), **run)
+    small = prune(model, data=data.train, seed=seed, **asdict(step), **run)
+    if not step.finetune and step.steps == 1:  # else it was done before the training
+        recalibrate_batchnorm(small, data.train, batches=RECALIBRATION_BATCHES, seed=seed)
     return small
-
-
-def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits_of(output), labels)

@@ -14,10 +14,11 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -30,10 +31,10 @@ from ..passes.axes import Axes
 from ..passes.shrink import shrink_axes
 from .batches import device_of_model, placed
 from .budget import Ghost
-from .evaluate import measure_latency
 from .ranking import Keep
 
-_RUNS, _LEAST_RUNS, _SECONDS = 15, 5, 1.0  # of one model: so many runs, fewer where they take longer than that
+_RUNS, _LEAST_RUNS, _SECONDS = 15, 5, 1.0  # for the table: so many runs of a model, fewer where they take longer
+_ROUNDS = 200  # of a whole model, likewise
 
 
 def default_cache() -> Path:
@@ -135,19 +136,21 @@ class Latency:
         return times["small"] / times["whole"]
 
     def _time(self, models: Mapping[str, fx.GraphModule]) -> dict[str, float]:
+        """Milliseconds of the fastest run of each; on a shared device, every slower one measures others' work too."""
         spec = self.gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
         args, kwargs = pytree.tree_unflatten(self.flat, spec)
-        inputs = {self.batch: [args or kwargs]}
-        modes = [(module, module.training) for gm in models.values() for module in gm.modules()]
-        try:
+        fastest = dict.fromkeys(models, math.inf)
+        with ExitStack() as stack:
             for gm in models.values():
+                stack.enter_context(placed(gm, self.device))
                 gm.eval()
-            once = max(measure_latency({name: gm}, inputs, 1)[name][self.batch] for name, gm in models.items())
-            times = measure_latency(models, inputs, _runs(once / 1000))
-        finally:
-            for module, training in modes:
-                module.training = training
-        return {name: by_batch[self.batch] for name, by_batch in times.items()}
+            stack.enter_context(torch.inference_mode())
+            begin, rounds = perf_counter(), 0
+            while rounds < _LEAST_RUNS or (rounds < _ROUNDS and perf_counter() - begin < _SECONDS):
+                for name, gm in models.items():  # in turns
+                    fastest[name] = min(fastest[name], _timed(gm, args, kwargs)[1])
+                rounds += 1
+        return fastest
 
     def _measure(self, gm: fx.GraphModule, missing: Mapping[str, str]) -> None:
         with placed(gm, self.device), torch.inference_mode():
@@ -178,12 +181,26 @@ class _Timer(fx.Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         function: Any = n.target if n.op == "call_function" else self.fetch_attr(str(n.target))
-        _wait(args)
-        begin = perf_counter()
-        result = function(*args, **kwargs)
-        _wait(args)
-        self.times.setdefault(self.wanted[n.name], []).append(1000 * (perf_counter() - begin))
+        result, ms = _timed(function, args, kwargs)
+        self.times.setdefault(self.wanted[n.name], []).append(ms)
         return result
+
+
+def _timed(function: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[Any, float]:
+    """What a call returns, and the milliseconds that it takes."""
+    _wait((args, kwargs))
+    clock = _clock()
+    begin = clock()
+    result = function(*args, **kwargs)
+    _wait((args, kwargs))
+    return result, 1000 * (clock() - begin)
+
+
+def _clock() -> Callable[[], float]:
+    """Wall clock in seconds; with a single thread that thread's processor time: the same on an idle machine, and on a
+    busy one blind to the others."""
+    one_thread = torch.get_num_threads() == 1 and not torch.accelerator.is_available()
+    return thread_time if one_thread else perf_counter
 
 
 def signature(gm: fx.GraphModule, node: fx.Node) -> str:
@@ -232,7 +249,7 @@ def _runs(seconds: float) -> int:
     return max(_LEAST_RUNS, min(_RUNS, math.ceil(_SECONDS / max(seconds, 1e-9))))
 
 
-def _wait(args: Iterable[Any]) -> None:
+def _wait(args: Any) -> None:
     """Lets the device finish what it was given."""
     device = next((a.device for a in pytree.tree_leaves(args) if isinstance(a, Tensor)), None)
     if device is not None and device.type != "cpu":

@@ -35,7 +35,7 @@ SCOPES = ("global", "axis", "block")
 Keep = dict[Atom, Tensor]  # kept indices, ascending; nothing for a branch that goes
 
 _NOTHING = torch.zeros(0, dtype=torch.int64)
-_FINE, _WIDE = 32, 128  # from these sizes on, hardware likes multiples of 8 and of 16
+_FINE, _WIDE = 24, 128  # from these sizes on, hardware likes multiples of 8 and of 16
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Limits:
     """What ranking may do.
 
     `floor` and `ceiling` are the least and the largest share of an axis that stays, counts are multiples of `round_to`
-    (None: of 16 where the axis has 128 indices or more, of 8 from 32 on), axes with a slice in a module or parameter
+    (None: of 16 where the axis has 128 indices or more, of 8 from 24 on), axes with a slice in a module or parameter
     named in `ignore` stay whole, `depth` lets residual branches go.
     """
 

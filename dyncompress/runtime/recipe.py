@@ -22,6 +22,8 @@ import yaml
 
 from ..errors import RequestError
 
+Importance = Literal["l1", "l2", "taylor", "hessian", "bn-scale", "geometric-median", "lamp", "activation", "random"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
@@ -30,23 +32,37 @@ class Prune:
     name: ClassVar[str] = "prune"
 
     ratio: float | None = None
-    """Share of the channels that stays, 0..1. Give one of ratio, macs and params."""
+    """Share of the channels that stays, 0..1. Give one of ratio, macs, params, bytes and latency."""
     macs: float | None = None
     """Share of the multiply-accumulates that stays, 0..1."""
     params: float | None = None
     """Share of the parameters that stays, 0..1."""
-    importance: Literal["l2", "taylor"] = "l2"
-    """How channels are ranked; taylor needs data."""
+    bytes: float | None = None
+    """Share of the bytes of parameters and buffers that stays, 0..1."""
+    latency: float | None = None
+    """Share of the wall clock, measured on the model's device, that stays, 0..1."""
+    importance: Importance = "l2"
+    """How channels are ranked; taylor, hessian and activation need data."""
+    scope: Literal["global", "axis", "block"] = "global"
+    """All channels compete, or every axis, or every block, loses the same share."""
     floor: float = 0.1
     """Least share of every axis that stays."""
-    round_to: int = 1
-    """Keep a multiple of this many channels of every axis."""
+    ceiling: float = 1.0
+    """Largest share of every axis that stays."""
+    round_to: int | None = None
+    """Keep a multiple of this many channels of every axis; by default 1, with latency 8 or 16 where an axis is wide."""
     ignore: tuple[str, ...] = ()
     """Modules or parameters whose axes stay whole, by name."""
     exact: bool = False
     """Norms keep dividing by their old counts."""
+    depth: bool = False
+    """Whole residual branches may go as well."""
+    latency_batch: int = 1
+    """Samples per call when latency is measured."""
+    steps: int = 1
+    """Number of cuts, each ranked anew."""
     finetune: int = 0
-    """Epochs of training after pruning; needs data."""
+    """Epochs of training after every cut; needs data."""
     lr: float = 1e-3
     """Peak learning rate of that training."""
     batch_size: int = 128
