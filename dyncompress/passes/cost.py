@@ -59,7 +59,8 @@ def _batch_dependent(graph: fx.Graph) -> set[fx.Node]:
 def _whole_macs(gm: fx.GraphModule, node: fx.Node) -> int:
     """MACs of one node at the capture batch."""
     if node.op == "call_function":
-        count = _OP_MACS.get(getattr(node.target, "overloadpacket", None))
+        packet = getattr(node.target, "overloadpacket", None)
+        count = _OP_MACS.get(packet) or _OTHER_MACS.get(str(packet))
         return count(node) if count else 0
     if node.op != "call_module":
         return 0
@@ -160,6 +161,7 @@ def _implicit(terms: list[set[str]]) -> set[str]:
     return {x for term in terms for x in term if x[0] == "." or sum(x in t for t in terms) == 1}
 
 
+_OTHER_MACS = {"transformers.grouped_mm_fallback": _product(0)}  # known by name only where transformers is loaded
 _OP_MACS: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv1d: _conv,
     aten.conv2d: _conv,
@@ -172,6 +174,7 @@ _OP_MACS: dict[Any, Callable[[fx.Node], int]] = {
     aten.matmul: _product(0),
     aten.mm: _product(0),
     aten.bmm: _product(0),
+    aten._grouped_mm: _product(0),
     aten.mv: _product(0),
     aten.dot: _product(0),
     aten.addmm: _product(1),

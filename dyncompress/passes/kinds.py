@@ -11,7 +11,7 @@ from .typing import Typing
 
 BRANCH = "branch"
 KINDS = (
-    "hidden states", "queries per key", "heads", "head dims", "channel groups", "residual width", "channels",
+    "hidden states", "experts", "queries per key", "heads", "head dims", "channel groups", "residual width", "channels",
     "embedding columns", "neurons",
 )  # fmt: skip
 

@@ -35,7 +35,7 @@ def tensor_dims(t: Typing, args: dict[str, Any]) -> list[Dims]:
     "pointwise", "dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy", "type_as", "contiguous", "clone",
     "detach", "alias", "lift_fresh_copy", "masked_fill", "silu", "hardtanh", "hardswish", "hardsigmoid", "relu6",
     "selu", "celu", "rrelu", "where", "addcmul", "addcdiv", "lerp", "bernoulli", "copy", "fill", "softplus", "fmod",
-    "__and", "__or", "__xor", "_conj", "nan_to_num", "isfinite", "log_sigmoid", "float_power", "square",
+    "__and", "__or", "__xor", "_conj", "nan_to_num", "isfinite", "log_sigmoid", "float_power", "square", "floor_divide",
 )  # fmt: skip
 def pointwise(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     return broadcast(tensor_dims(t, a))

@@ -34,6 +34,24 @@ def index_select(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     return tuple(x)
 
 
+@rule("index_put")
+def index_put(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
+    """x with x[indices] = values: the values' last dims are those that are not indexed."""
+    x, values = t.of(a["self"]), t.of(a["values"])
+    used = [d for d, i in enumerate(a["indices"]) if i is not None]
+    for d in used:
+        freeze(x[d], REASON)
+    rest = [x[d] for d in range(len(x)) if d not in used]
+    broadcast([tuple(rest), values[len(values) - len(rest) :] if rest else ()])
+    return x
+
+
+@rule("histc", "bincount")
+def count(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
+    t.freeze_all(t.of(a["self"]), REASON)
+    return tuple(fresh(s, "counts") for s in node.meta["val"].shape)
+
+
 @rule("gather", "take_along_dim")
 def gather(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     t.freeze_all(t.of(a["self"]), REASON)

@@ -56,6 +56,17 @@ def _mark_feature(t: Typing, weight: Any, out: Dims) -> None:
         t.feature(out[-1], "neurons")
 
 
+@rule("_grouped_mm", "transformers.grouped_mm_fallback")
+def grouped(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
+    """Rows (n, k), sorted by expert, each times its own of the weights (e, k, m): a mixture of experts."""
+    x, weight = (t.of(v) for v in list(a.values())[:2])
+    freeze(weight[0], "a router chooses among the experts")
+    t.kinds.append((weight[0], "experts"))
+    t.feature(weight[2], "neurons")
+    unify(x[1], weight[1])
+    return (x[0], weight[2])
+
+
 @rule("addmm", "baddbmm", "addbmm", "addmv")
 def addmm(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
     bias, x, y = list(a.values())[:3] if "self" not in a else (a["self"], *_two(a))
