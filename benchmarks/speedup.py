@@ -1,0 +1,120 @@
+"""How much of a cut in MACs becomes a cut in wall clock: halved models beside the full ones, batch 1 and 16.
+
+    python benchmarks/speedup.py [MODEL ...] [--threads N]      writes benchmarks/speedup.json
+
+Every model is cut to about half of its MACs in these ways, and `realised` = speed-up / MACs reduction is measured:
+
+    even       every axis loses the same share, whatever the width comes out as
+    even x16   the same in multiples of 16 (8 where a model is narrow)
+    latency    branches and widths chosen by measured latency, at the latency share that leaves half of the MACs
+
+Weights are random: only shapes matter here. Nothing is folded on either side. Full and cut models take turns; medians.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from model_list import build
+from torch import fx
+
+import dyncompress as dc
+from dyncompress.passes.capture import split_inputs
+from dyncompress.passes.cost import count_macs
+
+MODELS = ("resnet50", "vgg16", "mobilenet_v2", "vit_b_16", "bert-base")
+BATCHES = (1, 16)
+_ROUNDS, _SECONDS = 15, 40.0
+_HALF = 0.02  # how far from half of the MACs is near enough
+_TRIES = 5
+
+
+def captured(name: str) -> tuple[fx.GraphModule, Any]:
+    """The model and one sample."""
+    if name != "bert-base":
+        model, x = build(f"torchvision:{name}")
+        return dc.capture(model, x).eval(), x[:1]
+    build("torchvision:resnet18")  # transformers may look for torchvision
+    import transformers as tr
+
+    ids = {"input_ids": torch.randint(1000, 30000, (1, 128))}
+    return dc.capture(tr.BertForSequenceClassification(tr.BertConfig()).eval(), ids).eval(), ids
+
+
+def cuts(name: str, gm: fx.GraphModule, batch: int) -> dict[str, fx.GraphModule]:
+    """The cut models by the way they were made."""
+    multiple = 8 if name == "mobilenet_v2" else 16
+    made = {
+        "even": dc.prune(gm, macs=0.5, scope="axis"),
+        f"even x{multiple}": dc.prune(gm, macs=0.5, scope="axis", round_to=multiple),
+    }
+    whole, low, high, share = count_macs(gm), 0.2, 0.9, 0.52
+    for _ in range(_TRIES):
+        small = dc.prune(gm, latency=share, latency_batch=batch, depth=True, progress=True)
+        left = count_macs(small) / whole
+        made["latency"] = small
+        if abs(left - 0.5) <= _HALF:
+            break
+        low, high = (share, high) if left < 0.5 else (low, share)
+        share = min(max(share + 0.5 - left, low + 0.01), high - 0.01)
+    return made
+
+
+def timed(models: dict[str, fx.GraphModule], inputs: Any, batch: int) -> dict[str, float]:
+    """Median seconds per call of each, taking turns."""
+    args, kwargs = split_inputs(inputs)
+    args = tuple(x.repeat(batch, *[1] * (x.dim() - 1)) for x in args)
+    kwargs = {k: x.repeat(batch, *[1] * (x.dim() - 1)) for k, x in kwargs.items()}
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    begin = time.perf_counter()
+    with torch.no_grad():
+        for model in models.values():
+            model(*args, **kwargs)
+        for _ in range(_ROUNDS if batch > 1 else 4 * _ROUNDS):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(*args, **kwargs)
+                taken[name].append(time.perf_counter() - start)
+            if time.perf_counter() - begin > _SECONDS and len(taken[name]) >= 5:
+                break
+    return {name: median(seconds) for name, seconds in taken.items()}
+
+
+def measure(name: str, batch: int) -> dict[str, Any]:
+    """One model at one batch size."""
+    gm, inputs = captured(name)
+    models = {"full": gm, **cuts(name, gm, batch)}
+    seconds, whole = timed(models, inputs, batch), count_macs(gm)
+    found: dict[str, Any] = {"model": name, "batch": batch, "full_ms": round(seconds["full"] * 1e3, 2)}
+    for way in [way for way in models if way != "full"]:
+        left, share = count_macs(models[way]) / whole, seconds[way] / seconds["full"]
+        found[way] = {"macs": round(left, 3), "latency": round(share, 3), "realised": round(left / share, 3)}
+    return found
+
+
+def main() -> None:
+    """Measures what is asked for and is not in the results yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    path = Path(__file__).with_suffix(".json")
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    for name in asked.models:
+        for batch in BATCHES:
+            if any((r["model"], r["batch"]) == (name, batch) for r in rows):
+                continue
+            rows.append(measure(name, batch))
+            print(json.dumps(rows[-1]), flush=True)
+            machine = f"{asked.threads} threads, CPU, torch {torch.__version__}"
+            result = {"command": "python benchmarks/speedup.py", "machine": machine, "rows": rows}
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
