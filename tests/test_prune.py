@@ -1,5 +1,9 @@
 """Pruning: targets met, importance by hand, limits kept, wrong requests refused."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,9 +11,11 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import dyncompress as dc
-from dyncompress.compress.importance import Context, l2_scores, taylor_scores
+from dyncompress.compress import prune as pruning
+from dyncompress.compress.importance import IMPORTANCES, NEED_DATA, Context, l2_scores, taylor_scores
+from dyncompress.compress.prune import Limits, choose
 from dyncompress.model_zoo import models
-from dyncompress.passes.cost import count_macs, count_parameters
+from dyncompress.passes.cost import count_bytes, count_macs, count_parameters
 
 
 class Residual(nn.Module):
@@ -43,7 +49,7 @@ def channels(gm: torch.fx.GraphModule) -> int:
 
 @pytest.mark.parametrize(("target", "round_to"), [(0.9, 1), (0.5, 1), (0.2, 1), (0.7, 2), (0.4, 2)])
 def test_targets_are_met_within_two_percent(gm: torch.fx.GraphModule, target: float, round_to: int) -> None:
-    counts = {"macs": count_macs, "params": count_parameters, "ratio": channels}
+    counts = {"macs": count_macs, "params": count_parameters, "bytes": count_bytes, "ratio": channels}
     for metric, count in counts.items():
         small = dc.prune(gm, **{metric: target}, round_to=round_to, floor=0.05)
         assert target - 0.02 <= count(small) / count(gm) <= target, metric
@@ -135,6 +141,14 @@ def test_the_original_stays_as_it_was(gm: torch.fx.GraphModule) -> None:
         ({"macs": 0.5, "ignore": ["nope"]}, "nope"),
         ({"macs": 0.5, "round_to": 0}, "round_to"),
         ({"macs": 0.5, "floor": 2.0}, "floor"),
+        ({"macs": 0.5, "ceiling": 0.05}, "ceiling"),
+        ({"macs": 0.9, "ceiling": 0.5}, "at most .* stays"),
+        ({"macs": 0.5, "scope": "town"}, "unknown scope"),
+        ({"macs": 0.5, "steps": 0}, "steps"),
+        ({"macs": 0.5, "finetune": -1}, "finetune"),
+        ({"macs": 0.5, "finetune": 1}, "finetune needs data"),
+        ({"macs": 0.5, "resume": True}, "run_dir"),
+        ({"macs": 0.5, "seed": -1, "importance": "random"}, "seed"),
     ],
 )
 def test_wrong_requests(gm: torch.fx.GraphModule, options: dict, said: str) -> None:
@@ -142,3 +156,184 @@ def test_wrong_requests(gm: torch.fx.GraphModule, options: dict, said: str) -> N
         dc.prune(gm, **options)
     with pytest.raises(dc.RequestError, match="example_inputs"):
         dc.prune(Residual(), macs=0.5)
+
+
+# --- scopes, ceilings, depth ---------------------------------------------------------------------------------------
+
+
+def sizes(model: torch.fx.GraphModule) -> dict[str, int]:
+    return {axis.name: axis.size for axis in dc.infer_axes(model).prunable if axis.kind != "branch"}
+
+
+@pytest.mark.parametrize("importance", ["l2", "random", "lamp"])
+def test_every_axis_loses_the_same_share(importance: str, gm: torch.fx.GraphModule) -> None:
+    small = dc.prune(gm, params=0.4, scope="axis", importance=importance)
+    shares = {name: size / sizes(gm)[name] for name, size in sizes(small).items()}
+    assert max(shares.values()) - min(shares.values()) <= 2 / 32
+
+
+def test_every_block_loses_the_same_share() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(a, b) for a, b in ((6, 40), (40, 60), (60, 80), (80, 5))]
+    with torch.no_grad():
+        layers[0].weight[10:] *= 30  # a quarter of the first axis is worth little, three quarters much
+    plain = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.ReLU(), layers[3])
+    gm = dc.capture(plain, torch.randn(2, 6))
+    found = sizes(dc.prune(gm, ratio=0.5, scope="block"))
+    assert [found[f"{i}.weight:0"] for i in (0, 2, 4)] == pytest.approx([20, 30, 40], abs=1)
+    free = sizes(dc.prune(gm, ratio=0.5))
+    assert [free[f"{i}.weight:0"] for i in (0, 2, 4)] != pytest.approx([20, 30, 40], abs=1)
+
+
+def test_no_axis_stays_above_the_ceiling(gm: torch.fx.GraphModule) -> None:
+    free = dc.prune(gm, macs=0.5)
+    held = dc.prune(gm, macs=0.5, ceiling=0.7)
+    assert max(size / sizes(gm)[name] for name, size in sizes(free).items()) > 0.75
+    assert all(size <= -(-sizes(gm)[name] * 7 // 10) for name, size in sizes(held).items())
+    assert 0.48 <= count_macs(held) / count_macs(gm) <= 0.5
+
+
+class Deep(nn.Module):
+    """Five residual branches of equal cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("metric", ["macs", "params", "ratio"])
+@pytest.mark.parametrize(("scope", "target"), [("global", 0.7), ("axis", 0.45), ("block", 0.7)])
+def test_a_branch_that_does_nothing_goes_first(metric: str, scope: str, target: float) -> None:
+    torch.manual_seed(0)
+    deep = Deep()
+    with torch.no_grad():
+        for p in deep.branches[3].parameters():
+            p *= 1e-6
+    gm = dc.capture(deep, torch.randn(2, 8))
+    small = dc.prune(gm, **{metric: target}, depth=True, scope=scope)
+    kept = small.meta["info"]["prune"]["kept"]
+    gone = {name for name, axis in kept.items() if axis["kind"] == "branch" and not axis["kept"]}
+    assert "branches.3:branch" in gone
+    assert kept["branches.3.0.weight:0"]["kept"] == []
+    assert not any(name.startswith("branches.3.") for name in small.state_dict())
+    counts = {"macs": count_macs, "params": count_parameters}
+    if metric in counts:
+        assert target - 0.02 <= counts[metric](small) / counts[metric](gm) <= target
+    assert small(torch.randn(4, 8)).shape == (4, 3)
+    whole = dc.prune(gm, **{metric: target}, scope=scope)
+    assert all(axis["kept"] for axis in whole.meta["info"]["prune"]["kept"].values())
+
+
+def test_choose_keeps_its_call(gm: torch.fx.GraphModule) -> None:
+    axes = dc.infer_axes(gm)
+    keep = choose(axes, l2_scores(gm, axes.prunable), "macs", 0.5, Limits(0.2, 4, ("stem",)))
+    assert axes["stem.weight:0"].atom not in keep
+    assert all(len(kept) % 4 == 0 for kept in keep.values())
+
+
+@pytest.mark.parametrize("importance", list(IMPORTANCES))
+def test_every_importance_prunes(importance: str, gm: torch.fx.GraphModule) -> None:
+    data = TensorDataset(torch.randn(24, 3, 12, 12), torch.arange(24) % 10)
+    small = dc.prune(gm, macs=0.5, importance=importance, data=data if importance in NEED_DATA else None, depth=True)
+    assert 0.48 <= count_macs(small) / count_macs(gm) <= 0.5
+
+
+# --- several cuts --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(48, 3, 12, 12, generator=generator), torch.arange(48) % 10)
+
+
+def test_cuts_follow_a_geometric_schedule(gm: torch.fx.GraphModule, data: TensorDataset) -> None:
+    small = dc.prune(gm, macs=0.4, steps=3, importance="taylor", data=data, finetune=1, batch_size=16)
+    assert 0.38 <= count_macs(small) / count_macs(gm) <= 0.4
+    done = small.meta["info"]["prune"]["steps"]
+    assert [step["goal"] for step in done] == pytest.approx([0.4 ** (1 / 3), 0.4 ** (2 / 3), 0.4])
+    assert all(0.98 * step["goal"] <= step["left"] <= step["goal"] for step in done)
+    assert done[-1]["left"] == pytest.approx(count_macs(small) / count_macs(gm))
+
+
+def test_kept_indices_are_the_originals(gm: torch.fx.GraphModule) -> None:
+    small = dc.prune(gm, macs=0.3, steps=4)  # no training: the weights tell which channel they were
+    kept = small.meta["info"]["prune"]["kept"]
+    torch.testing.assert_close(
+        small.a.weight, gm.a.weight[kept["a.weight:0"]["kept"]][:, kept["stem.weight:0"]["kept"]]
+    )
+    torch.testing.assert_close(small.wide.bias, gm.wide.bias[kept["wide.weight:0"]["kept"]])
+    assert [kept["a.weight:0"][key] for key in ("kind", "size")] == ["channels", 48]
+
+
+def test_the_floor_is_a_share_of_the_original(gm: torch.fx.GraphModule) -> None:
+    small = dc.prune(gm, macs=0.2, steps=4, floor=0.4)
+    assert min(size / sizes(gm)[name] for name, size in sizes(small).items()) >= 0.4
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 2])
+def test_an_interrupted_pruning_ends_as_if_it_had_not_been(
+    interrupted_at: int, gm: torch.fx.GraphModule, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"macs": 0.5, "steps": 2, "finetune": 2, "batch_size": 16, "data": data}
+    straight = dc.prune(gm, **options)
+    calls, fit = [], pruning.fit
+
+    def stopping(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(model)
+        if len(calls) < interrupted_at:
+            return fit(model, *args, **kwargs)
+        batches = 0
+
+        def after_step(step: int) -> None:
+            nonlocal batches
+            batches += 1
+            if batches == 4:  # in the second epoch
+                raise Stop
+
+        return fit(model, *args, **kwargs, after_step=after_step)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(pruning, "fit", stopping)
+        dc.prune(gm, **options, run_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "score_axes", lambda gm, axes, *rest: {a.name: torch.rand(a.size) for a in axes})
+        if interrupted_at == 2:  # both cuts were made: nothing is ranked again
+            resumed = dc.prune(gm, **options, run_dir=tmp_path, resume=True)
+    if interrupted_at == 1:
+        resumed = dc.prune(gm, **options, run_dir=tmp_path, resume=True)
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert resumed.meta["info"] == straight.meta["info"]
+
+
+def test_runs_are_not_mixed(gm: torch.fx.GraphModule, tmp_path: Path) -> None:
+    dc.prune(gm, macs=0.5, run_dir=tmp_path)
+    with pytest.raises(dc.RequestError, match="holds a run already"):
+        dc.prune(gm, macs=0.5, run_dir=tmp_path)
+    with pytest.raises(dc.RequestError, match=r"has floor = 0\.1, not 0\.2"):
+        dc.prune(gm, macs=0.5, floor=0.2, run_dir=tmp_path, resume=True)
+    with pytest.raises(dc.RequestError, match=r"has macs = 0\.5, not 0\.6"):
+        dc.prune(gm, macs=0.6, run_dir=tmp_path, resume=True)
+    file = tmp_path / "cut-1" / "cut.json"
+    assert "cut" in json.loads(file.read_text())
+    file.write_text("{")
+    with pytest.raises(dc.RequestError, match="cannot be read as a cut"):
+        dc.prune(gm, macs=0.5, run_dir=tmp_path, resume=True)
+
+
+def test_labels_that_the_model_does_not_have(gm: torch.fx.GraphModule) -> None:
+    bad = TensorDataset(torch.randn(20, 3, 12, 12), torch.arange(20))
+    with pytest.raises(dc.RequestError, match="the model puts out 10 classes"):
+        dc.prune(gm, macs=0.5, data=bad, finetune=1)

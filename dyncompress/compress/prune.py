@@ -99,7 +99,7 @@ def prune(
     metric, target = _target({"ratio": ratio, "macs": macs, "params": params, "bytes": bytes, "latency": latency})
     step_size = 1 if round_to is None and metric != "latency" else round_to
     limits = Limits(floor, step_size, tuple(ignore), ceiling, depth)
-    _check(importance, scope, steps, finetune, data)
+    _check(importance, scope, steps, finetune, seed, data)
     gm = model if isinstance(model, fx.GraphModule) and "inputs" in model.meta else _captured(model, example_inputs)
     context = Context(data, seed=seed, progress=progress)
     job = _Job(metric, importance, scope, limits, exact, latency_batch, context)
@@ -120,13 +120,15 @@ def _target(targets: dict[str, float | None]) -> tuple[str, float]:
     return name, value
 
 
-def _check(importance: str, scope: str, steps: int, finetune: int, data: LabelledData | None) -> None:
+def _check(importance: str, scope: str, steps: int, finetune: int, seed: int, data: LabelledData | None) -> None:
     check_importance(importance)
     check_scope(scope)
     if steps < 1:
         raise RequestError(f"steps is the number of cuts, at least 1; got {steps}")
     if finetune < 0:
         raise RequestError(f"finetune is a number of epochs, 0 or more; got {finetune}")
+    if seed < 0:
+        raise RequestError(f"seed is {seed}: give a number that is not negative")
     if finetune and data is None:
         raise RequestError("finetune needs data: a dataset of (input, label)")
 

@@ -1,9 +1,9 @@
 """Activation statistics: how strongly each index of an axis is used on data (Molchanov et al., ICLR 2017, section 2.2).
 
-For every value computed per sample of which one dim holds the axis, m(i) = mean |a| over samples, places and all other
+For every tensor computed per sample of which one dim holds the axis, m(i) = mean |a| over samples, places and all other
 dims at index i. Values differ in scale, so each m is divided by its mean over the axis:
 
-    activation(i) = mean over values of m(i) / mean_j m(j)
+    activation(i) = mean over tensors of m(i) / mean_j m(j)
 
 A residual branch that makes t of its shortcut a scores mean |t - a| / mean |a|: what it changes.
 """
@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from ...passes.axes import Axes, Axis, infer_axes
 from ...passes.capture import split_inputs
-from ...passes.dims import Atom, Dim, coordinates
+from ...passes.dims import Atom, coordinates, leaves
 from ...runtime.inputs import flat_inputs
 from ..batches import device_of_model, in_order, placed, size_of
 from .groups import Context, Scores, normalised
@@ -37,8 +36,8 @@ def activation_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context
     own, wanted = infer_axes(gm), list(axes)
     data, device = context.drawn(), device_of_model(gm)
     watch = _Watch(gm, own, [own[axis.name] for axis in wanted])
-    bar = tqdm(total=size_of(data, "importance"), desc="importance", unit="sample", leave=False)
-    bar.disable = not context.progress
+    samples = size_of(data, "importance")
+    bar = tqdm(total=samples, desc="importance", unit="sample", leave=False, disable=not context.progress)
     with bar, placed(gm, device):
         gm.eval()
         for inputs, labels in in_order(data, context.batch_size, device):
@@ -56,16 +55,16 @@ class _Watch(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, axes: Axes, wanted: list[Axis]) -> None:
         super().__init__(gm)
         self.axes, self.sums = axes, dict[tuple[fx.Node, int], Tensor]()
-        atoms = {axis.atom for axis in wanted}
+        atoms, batch = {axis.atom for axis in wanted}, set(leaves(axes.types.batch))
         self.branches = [axes.branches[atom] for atom in atoms if atom in axes.branches]
         self.shortcuts = dict[str, Tensor]()  # by branch, from where they are computed to where they are added to
         self.changes = {branch.name: torch.zeros(2, dtype=torch.float64) for branch in self.branches}
         self.places: dict[Atom, list[tuple[fx.Node, int, Tensor]]] = {}  # axis -> (node, number of the dim, positions)
         for node in gm.graph.nodes:
-            if axes.types.has_batch(node):
-                for at, dim in enumerate(_dims(axes.types.of(node))):
+            if isinstance(node.meta.get("val"), Tensor) and axes.types.has_batch(node):
+                for at, dim in enumerate(axes.types.of(node)):
                     for atom, positions in coordinates(dim):
-                        if atom in atoms:
+                        if atom in atoms and batch.isdisjoint(leaves(dim)):  # positions would change with the batch
                             self.places.setdefault(atom, []).append((node, at, positions))
         self.watched: dict[fx.Node, set[int]] = {}
         for node, at, _ in [place for places in self.places.values() for place in places]:
@@ -80,21 +79,11 @@ class _Watch(fx.Interpreter):
                 before = self.shortcuts.pop(branch.name)
                 sums = torch.stack([(result - before).abs().sum(), before.abs().sum()])
                 self.changes[branch.name] += sums.cpu()
-        if n in self.watched:
-            first = 0
-            for tensor in pytree.tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    self._add(n, first, tensor)
-                    first += tensor.dim()
+        if n in self.watched and result.is_floating_point():
+            for dim in self.watched[n]:
+                along = result.abs().movedim(dim, 0).flatten(1).sum(1, dtype=torch.float64).cpu()
+                self.sums[n, dim] = self.sums[n, dim] + along if (n, dim) in self.sums else along
         return result
-
-    def _add(self, n: fx.Node, first: int, tensor: Tensor) -> None:
-        for dim in range(tensor.dim()):
-            if first + dim in self.watched[n] and tensor.is_floating_point():
-                others = [d for d in range(tensor.dim()) if d != dim]
-                along = tensor.abs().sum(others, dtype=torch.float64).cpu()
-                key = (n, first + dim)
-                self.sums[key] = self.sums[key] + along if key in self.sums else along
 
     def score(self, axis: Axis) -> Tensor | None:
         """(axis.size,) float64; None where no value shows the axis."""
@@ -106,11 +95,3 @@ class _Watch(fx.Interpreter):
             return None
         shares = [normalised(self.sums[node, at][positions].sum(1)) for node, at, positions in places]
         return torch.stack(shares).mean(0)
-
-
-def _dims(typed: Any) -> list[Dim]:
-    """The dims of a value, or of all tensors of a value that is several, one after another."""
-    flat: list[Dim] = []
-    for part in typed:
-        flat += _dims(part) if isinstance(part, tuple | list) else [part]
-    return flat
