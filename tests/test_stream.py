@@ -123,6 +123,31 @@ def test_one_file(single: str, gm: fx.GraphModule, tmp_path: Path) -> None:
     torch.testing.assert_close(small(**TOKENS), want(**TOKENS), rtol=0, atol=0)
 
 
+def test_exact_mode_refuses_what_it_would_have_to_fold(tmp_path: Path) -> None:
+    class Biased(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    model, x = Biased(), torch.ones(2, 4)
+    with torch.no_grad():
+        model.a.weight[2], model.a.bias[2] = 0, 1
+    source = write_shards(tmp_path / "source", state(model), count=1)
+    gm, keep = dc.capture_empty(Biased, x), {"a.weight:0": [0, 1, 3, 4, 5]}
+    folded = dc.shrink(dc.capture(model, x), keep, exact=True)
+    with pytest.raises(dc.RequestError, match="constants that removed indices of a leave behind"):
+        dc.shrink_checkpoint(gm, keep, source, tmp_path / "out", exact=True, progress=False)
+    plain = dc.load(dc.shrink_checkpoint(gm, keep, source, tmp_path / "out", progress=False))
+    assert not torch.allclose(folded.b.bias, plain.b.bias)  # so it had to refuse
+    others = dc.load(
+        dc.shrink_checkpoint(gm, {"a.weight:0": [1, 2]}, source, tmp_path / "kept", exact=True, progress=False)
+    )
+    torch.testing.assert_close(others.b.weight, model.b.weight[:, [1, 2]])
+
+
 def test_whole_branches_go(gm: fx.GraphModule, source: Path, tmp_path: Path) -> None:
     branch = next(axis.name for axis in dc.infer_axes(gm) if axis.kind == "branch")
     small = dc.load(dc.shrink_checkpoint(gm, {branch: []}, source, tmp_path / "out", progress=False))

@@ -5,7 +5,7 @@ l2(i) = sqrt( sum over slices of ||w_i||^2 )        as `importance`; squares and
 
 import json
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -102,14 +102,15 @@ def stream_l2_scores(
     Raises:
         RequestError: a tensor holds NaN or infinite values.
     """
-    slices = [(axis, list(parameter_slices(axes.types.gm, axis))) for axis in axes.prunable]
-    dims: dict[int, set[int]] = {}
+    gm = axes.types.gm
+    slices = [(axis, list(parameter_slices(gm, axis))) for axis in axes.prunable]
+    # All sums are made before anything is read: between short-lived blocks they would keep memory in pieces.
+    sums: dict[int, dict[int, Tensor]] = {}
     for _, pieces in slices:
         for tensor, dim, _ in pieces:
-            dims.setdefault(id(tensor), set()).add(dim)
-    sums: dict[tuple[int, int], Tensor] = {}
-    for key, name in _in_file_order(axes.types.gm, dims, source, names, progress):
-        sums |= {(key, dim): total for dim, total in _square_sums(source, name, dims[key]).items()}
+            sums.setdefault(id(tensor), {})[dim] = torch.zeros(tensor.shape[dim], dtype=torch.float64)
+    for key, name in _in_file_order(gm, sums, source, names, progress):
+        _add_squares(source, name, sums[key])
     return {axis.name: _gathered(axis, pieces, sums) for axis, pieces in slices}
 
 
@@ -126,13 +127,16 @@ def _in_file_order(
             bar.update(source.tensors[name].nbytes)
 
 
-def _square_sums(source: Source, name: str, dims: Iterable[int]) -> dict[int, Tensor]:
-    """For each of the dims, the sum of squares over all others: shape (size of the dim,)."""
-    shape = source.tensors[name].shape
-    sums = {dim: torch.zeros(shape[dim], dtype=torch.float64) for dim in dims}
+def _add_squares(source: Source, name: str, sums: Mapping[int, Tensor]) -> None:
+    """Adds to `sums[dim]`, of shape (size of the dim,), the squares summed over all other dims.
+
+    Raises:
+        RequestError: they are not finite.
+    """
     row = 0
     for piece in source.pieces(name):
-        squares = piece.to(torch.float64).square()
+        squares = piece.to(torch.float64, copy=True)
+        squares *= squares
         for dim, total in sums.items():
             others = [d for d in range(squares.dim()) if d != dim]
             along = squares.sum(others) if others else squares
@@ -143,15 +147,14 @@ def _square_sums(source: Source, name: str, dims: Iterable[int]) -> dict[int, Te
         row += len(piece)
     if not all(total.isfinite().all() for total in sums.values()):
         raise RequestError(f"{source.tensors[name].file}: {name} holds NaN or infinite values")
-    return sums
 
 
 def _gathered(
-    axis: Axis, pieces: Sequence[tuple[Tensor, int, Tensor]], sums: Mapping[tuple[int, int], Tensor]
+    axis: Axis, pieces: Sequence[tuple[Tensor, int, Tensor]], sums: Mapping[int, Mapping[int, Tensor]]
 ) -> Tensor:
     total = torch.zeros(axis.size, dtype=torch.float64)
     for tensor, dim, positions in pieces:
-        total += sums[id(tensor), dim][positions].sum(1)
+        total += sums[id(tensor)][dim][positions].sum(1)
     return total.sqrt()
 
 

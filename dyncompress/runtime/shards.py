@@ -18,7 +18,7 @@ from ..errors import DynCompressError, RequestError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PIECE_BYTES = 16 * 2**20  # read at once, unless a single row is larger
+PIECE_BYTES = 2**20  # read at once, unless a single row is larger; small enough for the cache of a processor
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,

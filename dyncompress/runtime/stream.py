@@ -28,7 +28,7 @@ from ..passes.typing import attribute
 from .checkpoint import check_loadable, describe
 from .shard_writer import Planned, pack, write_shard
 from .shards import BITS, DTYPES, Source
-from .stream_fit import match
+from .stream_fit import check_constants, match
 from .stream_folder import Journal, check_free, finish, open_journal, replaceable, shard_name
 from .tensor_table import Table, describe_tensors
 
@@ -51,11 +51,11 @@ def shrink_checkpoint(
 ) -> Path:
     """Shrinks a checkpoint without loading it; `load(out)` gives what `shrink` of the loaded model would.
 
-    Memory: a few blocks of 16 MiB (or of one row, where a row is larger), whatever the sizes of tensors and model.
+    Memory: a few blocks of 1 MiB (or of one row, where a row is larger), whatever the sizes of tensors and model.
 
     Args:
         gm: the model, captured on the meta device (`capture_empty`), in the dtypes of the source.
-        keep, exact: as for `shrink`.
+        keep, exact: as for `shrink`; but constants are not folded into biases, which needs the weights in memory.
         source: a safetensors file, or a folder with model.safetensors.index.json and shards, or with model.safetensors.
         out: a folder for the new shards (at most `max_shard_bytes` of tensors each, or one tensor), their index and the
             graph. The index comes last: a folder with it is whole.
@@ -67,7 +67,7 @@ def shrink_checkpoint(
         `out`.
 
     Raises:
-        RequestError: as `shrink`; the source does not fit the model; `out` is taken.
+        RequestError: as `shrink`; the source does not fit the model; `out` is taken; exact mode would have to fold.
         DynCompressError: the disk is full, or a file cannot be read or written. The same call goes on from there.
     """
     stored, folder = Source(Path(source)), Path(out)
@@ -124,13 +124,15 @@ def _plan(
     axes = infer_axes(gm)
     atoms = as_keep(axes, keep)
     origin = match(gm, source, drop)
-    small = shrink_axes(axes, atoms, exact=exact)
+    scheme, small = plan_axes(axes, atoms), shrink_axes(axes, atoms, exact=exact)
+    if exact:
+        check_constants(gm, source, origin, scheme)
     table, tensors = describe_tensors(small)
     _mark_constants(table, gm)
     streamed = {name: tensor for name, tensor in tensors.items() if name in origin}
     constants = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if name not in origin}
     document = describe(small, table, None)
-    kept = _kept_by_name(gm, plan_axes(axes, atoms), streamed)
+    kept = _kept_by_name(gm, scheme, streamed)
     planned = {name: _planned(name, tensor, source, origin[name], kept[name]) for name, tensor in streamed.items()}
     check_loadable(small, document, {name: tensor.to("meta") for name, tensor in tensors.items()})
     return _Work(source, document, planned, origin, kept, constants)

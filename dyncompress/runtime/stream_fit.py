@@ -1,11 +1,13 @@
 """Whether a source holds the tensors of a captured model, and which of its tensors is which."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, fx
 
 from ..errors import RequestError
+from ..passes.plan import Plan
 from .shards import DTYPES, Source, Stored
 
 _SHOWN = 3  # names listed in an error message
@@ -53,6 +55,28 @@ def match(gm: fx.GraphModule, source: Source, drop: Sequence[str] = ()) -> dict[
     if any(problems):
         raise RequestError(f"{source.path} does not fit the model: {'; '.join(p for p in problems if p)}")
     return found
+
+
+def check_constants(gm: fx.GraphModule, source: Source, names: Mapping[str, str], plan: Plan) -> None:
+    """In exact mode `shrink` folds what removed indices without incoming weights leave behind (their bias, through the
+    layers that follow) into the next bias; that takes the weights in memory.
+
+    Raises:
+        RequestError: a layer with a bias loses such an index.
+    """
+    for path, module in gm.named_modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        kept = plan.kept.get(f"{path}.weight", (None,))[0]
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or kept is None:
+            continue
+        stays = torch.zeros(len(weight), dtype=torch.bool)
+        stays[kept] = True
+        for piece in source.pieces(names[f"{path}.weight"], (~stays).nonzero()[:, 0]):
+            if (piece.float() == 0).reshape(len(piece), -1).all(1).any():
+                raise RequestError(
+                    f"exact=True cannot keep the constants that removed indices of {path} leave behind, whose weights "
+                    "are all zero: use exact=False, or load the model and shrink it"
+                )
 
 
 def _groups(gm: fx.GraphModule) -> Iterator[tuple[Tensor, list[str], bool]]:
