@@ -1,6 +1,8 @@
 """The command line: JSON keys, run folders, exit statuses, and one line for every mistake."""
 
+import csv
 import json
+import math
 import os
 import pickle
 import shlex
@@ -15,10 +17,11 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dyncompress.cli import commands, folders, job, steps
+from dyncompress.cli import commands, folders, job, layers, plots, steps
 from dyncompress.cli.app import run
 from dyncompress.compress.run_store import RunStore
 from dyncompress.model_zoo.data import ArrayDataset, Splits
@@ -210,6 +213,83 @@ def test_prune(weights: Path, cli: Any) -> None:
     assert {layer["name"] for layer in report["layers"]} >= {"layers.0.0.weight", "fc.weight"}
     small = checkpoint.load(report["model"])
     assert small(torch.rand(5, 1, 8, 8)).shape == (5, 3)
+    for key, entry in (("macs_before", static), ("macs_after", pruned)):
+        assert sum(layer[key] for layer in report["layers"]) == entry["macs"]
+    for layer in report["layers"]:
+        assert layer["kept"] == pytest.approx(math.prod(layer["after"]) / math.prod(layer["before"]))
+    assert report["prune"]["steps"][-1]["left"] == pytest.approx(pruned["macs"] / static["macs"])
+    with open("small/layers.csv", newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == [layer["name"] for layer in report["layers"]]
+    kept = checkpoint.read_info(report["model"])["prune"]["kept"]
+    assert len(kept["layers.0.0.weight:0"]["kept"]) == small.get_submodule("layers.0.0").out_channels
+    assert Path("small/kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prune_by_latency_in_steps(weights: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").resolve()))
+    options = "--latency 0.9 --latency-batch 64 --importance activation --scope block --steps 2 --depth --round-to 1"
+    outcome = cli(f"prune NET DATA {options} --out fast --verbose")
+    assert outcome.status == 0, outcome.err
+    steps = json.loads(Path("fast/report.json").read_text())["prune"]["steps"]
+    assert [step["goal"] for step in steps] == pytest.approx([0.9**0.5, 0.9])
+    assert all(f"cut {n}: {step['left']:.3f} of the latency" in outcome.out for n, step in enumerate(steps, 1))
+    assert list(Path("cache/dyncompress").glob("latency-*.json"))
+
+
+def test_an_interrupted_pruning_resumes(weights: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "prune NET DATA --params 0.6 --steps 2 --finetune 2 --batch-size 64"
+    straight = cli(f"{command} --out straight --json").report
+    save, saved = RunStore.save, []
+
+    def stop(store: RunStore, state: dict[str, Any]) -> None:
+        save(store, state)
+        saved.append(state)
+        if len(saved) == 3:  # the second cut's first epoch
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "save", stop)
+        assert cli(f"{command} --out halted").status == 130
+    resumed = cli(f"{command} --out halted --resume --json").report
+    assert resumed["pruned"]["accuracy"] == straight["pruned"]["accuracy"]
+    one, two = (checkpoint.load(report["model"]).state_dict() for report in (straight, resumed))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_long_tables_are_folded() -> None:
+    rows = [
+        {"name": f"w{i}", "before": [2, 2], "after": [1, 2], "macs_before": i, "macs_after": 1, "kept": 0.5}
+        for i in range(60)
+    ]
+    rows[0] |= {"after": None, "kept": 0.0}
+    assert layers.table(rows, verbose=True).row_count == 60
+    folded = layers.table(rows, verbose=False)
+    assert folded.row_count == 40
+    assert list(folded.columns[0].cells) == [f"w{i}" for i in range(20, 60)]  # those with the most MACs, in order
+    assert "20 smaller ones" in str(folded.caption)
+
+
+@pytest.mark.parametrize("size", [1, 3, 512, 4096])
+def test_bar_codes_show_the_share_kept(size: int) -> None:
+    kept = list(range(0, size, 2))
+    code = plots._bar_code(size, kept)
+    assert code.mean() == pytest.approx(len(kept) / size)
+    assert (code.min(), code.max()) == ((1, 1) if size == 1 else (0, 1) if size <= 512 else (0.5, 0.5))
+
+
+def test_pictures_of_what_was_kept(tmp_path: Path) -> None:
+    axes = {f"a{i}": {"kind": "channels", "size": 8, "kept": [1, 5]} for i in range(3)}
+    branch = {"kind": "branch", "size": 1, "kept": [0]}
+    heights = []
+    for kept in (axes, axes | {"b": branch}, axes | {"b": branch, "c": {**branch, "kept": []}}):
+        plots.plot_kept(tmp_path / "kept.png", kept)
+        with Image.open(tmp_path / "kept.png") as image:
+            heights.append(image.height)
+    assert heights[0] == heights[1] < heights[2]  # branches only where one is gone
+    many = {f"a{i}": axes["a0"] for i in range(400)}
+    plots.plot_kept(tmp_path / "kept.png", many)
+    with Image.open(tmp_path / "kept.png") as image:
+        assert image.height <= 4500
 
 
 def test_prune_without_data(weights: Path, cli: Any) -> None:
@@ -425,6 +505,11 @@ def test_help_is_quick_and_needs_no_torch() -> None:
         ("prune NET --importance taylor --ratio 0.5", "--data"),
         ("prune NET --ratio 0.5", "--input-shape"),
         ("prune NET DATA --ratio 0.5 --ignore nothing", "nothing"),
+        ("prune NET --importance activation --ratio 0.5", "--data"),
+        ("prune NET DATA --importance luck --ratio 0.5", "luck"),
+        ("prune NET DATA --ratio 0.5 --scope town", "town"),
+        ("prune NET DATA --ratio 0.5 --steps 0", "steps"),
+        ("prune NET DATA --latency 0.5 --latency-batch 0", "at least one sample"),
         ("bench", "MODEL"),
         ("run nothing.yaml", "nothing.yaml"),
         ("run outside.yaml", "'../x.onnx' is not the plain name"),

@@ -68,7 +68,7 @@ def test_overrides(recipe_file: Path) -> None:
         ("model: m\nsteps: [{prune: {mac: 1}}]", "steps[0].prune: unknown key 'mac': use one of ratio, macs,"),
         ("model: m\nsteps: [convert, {prune: {macs: half}}]", "steps[1].prune: macs: expected float or null, got"),
         ("model: m\nsteps: [{prune: {macs: true}}]", "expected float or null, got True"),
-        ("model: m\nsteps: [{prune: {round_to: 1.5}}]", "round_to: expected int, got 1.5"),
+        ("model: m\nsteps: [{prune: {round_to: 1.5}}]", "round_to: expected int or null, got 1.5"),
         ("model: m\nsteps: [{prune: {importance: l3}}]", "importance: expected l1 or l2 or taylor or hessian"),
         ("model: m\nsteps: [{prune: {ignore: fc}}]", "ignore: expected a list of str, got 'fc'"),
         ("model: m\nsteps: [prune]\nepochs: 3", "unknown key 'epochs': use one of model, data, arch"),

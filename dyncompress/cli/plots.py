@@ -9,7 +9,7 @@ import numpy as np
 
 _SIZE = (6.4, 4.0)  # inches
 _DPI = 150
-_ROW, _TALLEST = 0.16, 60.0  # inches, of one axis and of a picture
+_ROW, _TALLEST = 0.16, 30.0  # inches, of one axis and of a picture
 _COLUMNS = 512
 
 
