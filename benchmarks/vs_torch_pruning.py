@@ -5,8 +5,9 @@
 
 Rows that the results hold are not measured again. One thread; ours and theirs take turns. Before the clock starts each
 library prunes a two-layer perceptron (`start_s`: imports and first-use caches); a model is then built and pruned up to
-three times within 8 s, and the median counts. A library manages a model when the pruned one returns outputs of the
-original's shapes and has fewer parameters. `oracle` is the largest difference between the masked and the pruned model,
+three times within 8 s, and the median of the CPU seconds counts (the limit is on the clock). A library manages a
+model when the pruned one returns outputs of the original's shapes and has fewer parameters. Torch-Pruning takes hints,
+such as num_heads; neither library gets any. `oracle` is the largest difference between the masked and the pruned model,
 relative to `effect`, what the mask changes in the output, in float64 on one sample, norms at one count (see
 vs_torch_pruning_sides.py).
 """
@@ -198,11 +199,14 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Counts, and the ratio of seconds (ours over theirs) over the models that both manage."""
     both = {n: r for n, r in rows.items() if len(r) == 2 and all(side["ok"] for side in r.values())}
     ratio = {n: round(r["ours"]["seconds"] / r["torch_pruning"]["seconds"], 3) for n, r in both.items()}
+    mine = [r["ours"] for r in rows.values() if r.get("ours", {}).get("ok")]
+    shares = {part: [r["parts"][part] / r["seconds"] for r in mine] for part in (mine[0]["parts"] if mine else ())}
     return {
         "managed": {side: sum(r.get(side, {}).get("ok", False) for r in rows.values()) for side in SIDES},
         "of": len(rows),
         "both": len(both),
         "median_ratio": round(median(ratio.values()), 3) if ratio else None,
+        "our_parts": {part: round(median(share), 3) for part, share in shares.items()},
         "largest_ratio": max(ratio.items(), key=lambda item: item[1], default=None),
         "over_3": sorted(n for n, r in ratio.items() if r > 3),
         "ratio": dict(sorted(ratio.items(), key=lambda item: item[1])),

@@ -285,7 +285,8 @@ def summary(rows: dict[str, Any]) -> dict[str, Any]:
     }
     ranked = dict(sorted(means.items(), key=lambda item: -item[1]["after"]))
     best = {side: max(v["after"] for n, v in means.items() if n.startswith(side)) for side in ("ours", "torch_pruning")}
-    return {"seeds": len(full), "unpruned": round(mean(row["unpruned"] for row in full), 4), "best": best, **ranked}
+    unpruned = round(mean(row["unpruned"] for row in full), 4)
+    return {"seeds": len(full), "unpruned": unpruned, "best": best, "methods": ranked}
 
 
 if __name__ == "__main__":
