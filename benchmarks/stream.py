@@ -7,6 +7,8 @@ The bound on the peak resident memory, Python and its libraries included, is the
 """
 
 import json
+import math
+import os
 import resource
 import subprocess
 import sys
@@ -36,7 +38,12 @@ PARAMS = 0.5
 
 def main() -> None:
     """Runs every measurement in a process of its own. This one stays small: a child inherits its parent's peak."""
-    result: dict[str, Any] = {"command": "python benchmarks/stream.py", "plan_7b": child("plan")}
+    result: dict[str, Any] = {
+        "command": "python benchmarks/stream.py",
+        "cores": os.cpu_count(),
+        "load_average_before": round(os.getloadavg()[0], 1),  # of other work: it stretches the seconds
+        "plan_7b": child("plan"),
+    }
     for size in ("1.4 GB", "4.5 GB"):
         with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
             made = child("make", size, folder)
@@ -143,7 +150,7 @@ def prune(size: str, folder: str) -> dict[str, Any]:
     from dyncompress.compress import stream_prune
 
     torch.set_num_threads(1)
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     gm = capture(size, torch.bfloat16)
     captured, memory = time.perf_counter(), peak_gb()
     marks = {}
@@ -165,6 +172,7 @@ def prune(size: str, folder: str) -> dict[str, Any]:
         "rank_s": round(marks["stream_l2_scores"] - captured, 1),
         "choose_s": round(marks["choose"] - marks["stream_l2_scores"], 1),
         "write_s": round(end - marks["choose"], 1),
+        "all_cpu_s": round(time.process_time() - cpu, 1),
         "bytes_after_gb": round(sum(p.stat().st_size for p in out.iterdir()) / 1e9, 3),
         "memory_before_streaming_gb": memory,
         "peak_memory_gb": peak_gb(),
@@ -203,7 +211,19 @@ def check(size: str, folder: str) -> dict[str, Any]:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(tensor("out", name), tensor("source", name)[:, width]), name
         checked += 1
-    return {"tensors_checked": checked, "parameters_left": PARAMS}
+    left = [sum(math.prod(shape) for shape in shapes(Path(folder, side))) for side in ("out", "source")]
+    return {"tensors_checked": checked, "parameters_left": round(left[0] / left[1], 4)}
+
+
+def shapes(folder: Path) -> list[list[int]]:
+    """The shape of every tensor in a folder."""
+    from safetensors import safe_open
+
+    found = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    return found
 
 
 if __name__ == "__main__":
