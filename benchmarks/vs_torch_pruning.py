@@ -43,14 +43,14 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS, help="SOURCE:NAME; default: all of models.txt")
     parser.add_argument("--limit", type=float, default=120, help="seconds for one library on one model")
     options = parser.parse_args()
-    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    rows = result.get("models", {})
+    rows = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
     for turn, name in enumerate(tqdm(options.models, desc="models")):
         for side in sorted(SIDES, reverse=turn % 2 == 1):
             if side not in rows.get(name, {}):
                 rows.setdefault(name, {})[side] = row = in_own_process(name, side, options.limit)
                 tqdm.write(f"{name} {side}: {json.dumps(row)}")
-                write(RESULTS, {**result, **header(), "summary": summary(rows), "models": rows})
+                save(rows)
+    save(rows)
     print(json.dumps(summary(rows), indent=1))
 
 
@@ -58,6 +58,11 @@ def header(script: str = "vs_torch_pruning.py") -> dict[str, Any]:
     """How to repeat the measurement."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torch-pruning", "timm", "transformers")}
     return {"command": f"python benchmarks/{script}", "threads": 1, "versions": versions}
+
+
+def save(rows: dict[str, Any]) -> None:
+    """Everything measured so far."""
+    write(RESULTS, {**header(), "summary": summary(rows), "models": rows})
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -86,9 +86,15 @@ def main() -> None:
         for name in tqdm([m for m in methods() if m not in row], desc=f"seed {seed}"):
             row[name] = measure(methods()[name], model, seed, train, test)
             tqdm.write(f"seed {seed} {name}: {json.dumps(row[name])}")
-            found = {"setting": asdict(SETTING), "summary": summary(rows), "seeds": rows}
-            write(RESULTS, {**header("vs_torch_pruning_accuracy.py"), **found})
+            save(rows)
+    save(rows)
     print(json.dumps(summary(rows), indent=1))
+
+
+def save(rows: dict[str, Any]) -> None:
+    """Everything measured so far."""
+    found = {"setting": asdict(SETTING), "summary": summary(rows), "seeds": rows}
+    write(RESULTS, {**header("vs_torch_pruning_accuracy.py"), **found})
 
 
 def load(file: Path) -> tuple[Data, Data]:
