@@ -58,8 +58,9 @@ def search(ranking: Ranking, left: Left, metric: str, target: float) -> list[Uni
     low = sum(unit.forced for unit in units)
     least = left(ranking.keep(units))
     if least > target:
+        multiples = limits.round_to if limits.round_to is not None else "8 or 16 where an axis is wide"
         raise RequestError(
-            f"{metric}={target:.4g} is out of reach: with floor={limits.floor} and round_to={limits.round_to} at least "
+            f"{metric}={target:.4g} is out of reach: with floor={limits.floor} and multiples of {multiples} at least "
             f"{least:.3f} stays; lower floor or round_to, or ignore less"
         )
     forced = left(ranking.keep(units[:low]))
