@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dyncompress as dc
 from dyncompress.model_zoo.models import build, example_input
@@ -65,3 +65,47 @@ def test_wrong_requests_are_refused() -> None:
         dc.verify(gm, small, {"nothing": [0]})
     with pytest.raises(dc.RequestError, match="shape"):
         dc.verify(gm, small, keep, torch.zeros(1, 2, 3))
+
+
+class Mixer(nn.Module):
+    """Mixes tokens with a bias: it adds that bias to removed channels as well, before the next norm averages them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm1, self.norm2 = nn.Linear(5, 8), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.tokens, self.channels, self.head = nn.Linear(6, 6), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return self.head(x + self.channels(self.norm2(x)))
+
+
+def test_what_mixing_tokens_adds_to_removed_channels_still_counts(tmp_path: object) -> None:
+    torch.manual_seed(0)
+    gm = dc.capture(Mixer().double().eval(), torch.randn(2, 6, 5, dtype=torch.float64))
+    width = next(axis.name for axis in dc.infer_axes(gm) if axis.kind == "residual width")
+    keep = {width: [0, 2, 3, 7]}
+    small = dc.shrink(gm, keep, exact=True)
+    assert dc.verify(gm, small, keep).ok and not dc.verify(gm, dc.shrink(gm, keep), keep).ok
+    again = {next(axis.name for axis in dc.infer_axes(small) if axis.kind == "residual width"): [1, 2]}
+    smaller = dc.shrink(small, again, exact=True)
+    assert dc.verify(small, smaller, again).ok
+    dc.save(smaller, f"{tmp_path}/m.dyn.safetensors")
+    assert dc.verify(small, dc.load(f"{tmp_path}/m.dyn.safetensors"), again).ok  # type: ignore[arg-type]
+
+
+def test_buffers_that_are_not_saved_stay_so() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.register_buffer("scale", torch.arange(1.0, 7.0), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.fc(x) * self.scale)
+
+    gm = dc.capture(Scaled().eval(), torch.randn(2, 4))
+    small = dc.shrink(gm, {"fc.weight:0": [0, 5]})
+    assert small.scale.tolist() == [1.0, 6.0]  # type: ignore[union-attr]
+    assert "scale" not in small.state_dict() and "scale" not in dc.mask(gm, {}).state_dict()

@@ -96,7 +96,7 @@ class Axes(Mapping[str, Axis]):
 def infer_axes(gm: fx.GraphModule) -> Axes:
     """Every axis of the model's parameters, with its size, its parameter slices and, if it cannot shrink, why.
 
-    An axis is named after the first slice that holds it: `layer1.conv1.weight:0`, or `qkv.weight:0.1` for the second
+    An axis is named after the first parameter slice that holds it: `layer1.conv1.weight:0`, or `qkv.weight:0.1` for the second
     factor of a dim with several; a residual branch after the module that holds it: `layer1.0:branch`.
 
     Raises:
@@ -123,7 +123,8 @@ def _collect(types: Typing, branches: list[Branch]) -> dict[str, Axis]:
             atoms = list(leaves(dim))
             for at, atom in enumerate(atoms):
                 slices.setdefault(atom, []).append(Slice(tensor, d, dim, at))
-                names.setdefault(atom, f"{tensor}:{d}" + (f".{at}" if len(atoms) > 1 else ""))
+                if atom not in names or (learned and atom not in shrinks):  # a buffer only where there is no parameter
+                    names[atom] = f"{tensor}:{d}" + (f".{at}" if len(atoms) > 1 else "")
                 if learned:
                     shrinks.add(atom)
     statistics: dict[Atom, list[str]] = {}

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .counted import CountedLayerNorm, CountedRMSNorm
 from .dims import Atom, kept_indices, new_size
+from .plan import Plan, masked_copy
 from .typing import Typing, op_name
 
 _SAME = {  # not known where an argument is not, at the same or the moved place
@@ -28,6 +30,7 @@ _SAME = {  # not known where an argument is not, at the same or the moved place
     "upsample_nearest2d", "upsample_bilinear2d", "expand", "slice", "getitem", "split", "chunk", "select",
 }  # fmt: skip
 _WEIGHTED = nn.Linear | nn.modules.conv._ConvNd
+_ON_LAST = {nn.LayerNorm, nn.RMSNorm, CountedLayerNorm, CountedRMSNorm}
 _SCALED = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
 
 
@@ -74,6 +77,23 @@ def _has_silent_index(types: Typing, keep: Mapping[Atom, Tensor]) -> bool:
     return False
 
 
+def masked_rests(types: Typing, scheme: Plan, keep: Mapping[Atom, Tensor], norms: set[str]) -> dict[fx.Node, Tensor]:
+    """What the removed indices hold, all of their own slices zeroed, at each of these norms over a shrunk last dim,
+    (1, ..., removed); only where that is known and not zero."""
+    if _ON_LAST.isdisjoint(map(type, types.gm.modules())) or any(p.is_meta for p in types.gm.parameters()):
+        return {}
+    nodes = {node.name: node for node in types.gm.graph.nodes}
+    found = {}
+    for copied, x in _Known(masked_copy(types.gm, scheme)).layer_inputs().items():
+        node = nodes[copied.name]
+        if node.name in norms and type(types.gm.get_submodule(str(node.target))) in _ON_LAST:
+            kept = kept_indices(types.dims[node][-1], keep)
+            rest = x if kept is None else x[..., [i for i in range(x.shape[-1]) if i not in set(kept.tolist())]]
+            if kept is not None and rest.nan_to_num(0.0).any():
+                found[node] = rest.nan_to_num(0.0)
+    return found
+
+
 class _Known(fx.Interpreter):
     """Runs a graph on inputs that are not known; tensors are NaN where they depend on them, None if that is unclear."""
 
@@ -92,7 +112,8 @@ class _Known(fx.Interpreter):
             val = node.meta["val"]
             known = isinstance(val, Tensor) and val.is_floating_point()
             shape = [1 if 0 in node.meta.get("dynamic", ()) else val.shape[0], *val.shape[1:]] if known else []
-            return torch.full(shape, torch.nan, dtype=val.dtype, device=_device(self.module)) if known else None
+            like = next((p for p in self.module.parameters() if p.is_floating_point()), val)  # it may have been moved
+            return torch.full(shape, torch.nan, dtype=like.dtype, device=like.device) if known else None
         if node.op == "output":
             return None
         args, kwargs = self.fetch_args_kwargs_from_env(node)
@@ -120,6 +141,10 @@ class _Known(fx.Interpreter):
             gamma = torch.ones_like(layer.running_mean) if layer.weight is None else layer.weight
             reached = x.isnan() & (gamma != 0).view(shape)
             return _evaluated(layer, x.nan_to_num(0.0)).masked_fill(reached, torch.nan)
+        if type(layer) in _ON_LAST and layer.weight is not None:
+            bias = getattr(layer, "bias", None)
+            known = torch.zeros_like(layer.weight) if bias is None else bias
+            return torch.where(layer.weight == 0, known, torch.nan).expand_as(x).clone()
         return x if isinstance(layer, nn.modules.dropout._DropoutNd) else None
 
 
@@ -134,7 +159,3 @@ def _evaluated(layer: nn.Module, x: Tensor) -> Tensor:
         return layer.eval()(x)
     finally:
         layer.train(was)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -16,4 +16,7 @@ def deep_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        return copy.deepcopy(model, {} if memo is None else memo)
+        copied = copy.deepcopy(model, {} if memo is None else memo)
+    for path, module in model.named_modules():  # a GraphModule copies buffers without this mark
+        copied.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
+    return copied

@@ -1,7 +1,9 @@
-"""Norms that divide by the count they were trained with, after some of what they average over was removed as zero.
+"""Norms that divide by the count they were trained with, after some of what they average over was removed.
 
-With n the old count and x the values left (the others are zero):
-    mean = sum(x) / n,   var = (sum((x - mean)^2) + (n - len(x)) * mean^2) / n,   rms^2 = sum(x^2) / n
+With n the old count, x the values left and r the removed ones, which are constant (zero, as a rule):
+    mean = (sum(x) + sum(r)) / n
+    var = (sum((x - mean)^2) + sum(r^2) - 2 * mean * sum(r) + (n - len(x)) * mean^2) / n
+    rms^2 = (sum(x^2) + sum(r^2)) / n
 """
 
 import math
@@ -12,17 +14,33 @@ from torch import Tensor, nn
 
 
 class _CountedNorm(nn.Module):
-    """`count`: how many values each mean ran over before shrinking."""
+    """`count`: how many values each mean ran over before shrinking. `rest`: shape of `rest_sum` and `rest_squares`, the
+    sums of r and r^2 over the last dim, where r is not zero."""
 
-    def __init__(self, shape: list[int], count: int, eps: float | None, weight: bool, bias: bool) -> None:
+    rest_sum: Tensor | None
+    rest_squares: Tensor | None
+
+    def __init__(
+        self,
+        shape: list[int],
+        count: int,
+        eps: float | None,
+        weight: bool,
+        bias: bool,
+        rest: list[int] | None = None,
+    ) -> None:
         super().__init__()
+        for name in ("rest_sum", "rest_squares"):
+            self.register_buffer(name, None if rest is None else torch.zeros(rest))
         self.normalized_shape, self.count, self.eps = tuple(shape), count, eps
         self.weight = nn.Parameter(torch.ones(shape)) if weight else None
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def spec(self) -> dict[str, Any]:
         """Constructor arguments as plain JSON."""
-        args = {"shape": list(self.normalized_shape), "count": self.count, "eps": self.eps}
+        args: dict[str, Any] = {"shape": list(self.normalized_shape), "count": self.count, "eps": self.eps}
+        if self.rest_sum is not None:
+            args["rest"] = list(self.rest_sum.shape)
         return {"type": type(self).__name__, "args": args | self._flags()}
 
     def _flags(self) -> dict[str, Any]:
@@ -34,8 +52,11 @@ class _CountedNorm(nn.Module):
 
     def _standardised(self, x: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
         left = math.prod(x.shape[d] for d in dims)
-        mean = x.sum(dims, keepdim=True) / count
+        total = x.sum(dims, keepdim=True)
+        mean = (total if self.rest_sum is None else total + self.rest_sum) / count
         squares = (x - mean).square().sum(dims, keepdim=True) + (count - left) * mean.square()
+        if self.rest_sum is not None and self.rest_squares is not None:
+            squares = squares + self.rest_squares - 2 * mean * self.rest_sum
         return (x - mean) * torch.rsqrt(squares / count + (self.eps or 0.0))
 
     def _affine(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -59,9 +80,10 @@ class CountedRMSNorm(_CountedNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., *shape)."""
         dims = tuple(range(-len(self.normalized_shape), 0))
-        mean_square = x.square().sum(dims, keepdim=True) / self.count
+        squares = x.square().sum(dims, keepdim=True)
+        squares = squares if self.rest_squares is None else squares + self.rest_squares
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return self._affine(x * torch.rsqrt(mean_square + eps), self.normalized_shape)
+        return self._affine(x * torch.rsqrt(squares / self.count + eps), self.normalized_shape)
 
 
 class CountedGroupNorm(_CountedNorm):

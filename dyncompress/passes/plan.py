@@ -3,12 +3,15 @@ weights, gradients, optimiser moments, an averaged copy, shards of a file - and 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .axes import Axes, as_keep, infer_axes
+from .copying import deep_copy
 from .dims import kept_indices, new_size
+from .typing import attribute
 
 Kept = tuple[Tensor | None, ...]
 
@@ -21,6 +24,11 @@ class Plan:
     kept: Mapping[str, Kept]
     shapes: Mapping[str, tuple[int, ...]]
     dropped: frozenset[str] = frozenset()
+
+    @property
+    def touched(self) -> list[str]:
+        """The names of all tensors that change."""
+        return [*self.kept, *self.dropped]
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """The part of `tensor` (shaped like the parameter `name`) that stays; a copy.
@@ -61,6 +69,24 @@ class Plan:
     def _check(self, name: str, tensor: Tensor) -> None:
         if tuple(tensor.shape) != self.shapes[name]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the plan expects {self.shapes[name]}")
+
+
+def masked_copy(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
+    """A deep copy of `gm`, everything that the plan removes set to zero."""
+    return _copy_with(gm, {name: scheme.zero(name, attribute(gm, name).detach()) for name in scheme.touched})
+
+
+def sliced_copy(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
+    """A deep copy of `gm` in which each tensor that the plan shrinks is already its slice."""
+    return _copy_with(gm, {name: scheme.slice(name, attribute(gm, name).detach()) for name in scheme.kept})
+
+
+def _copy_with(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    memo: dict[int, Any] = {}
+    for name, new in tensors.items():
+        old = attribute(gm, name)
+        memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    return deep_copy(gm, memo)
 
 
 def plan(gm: fx.GraphModule, keep: Mapping[str, Tensor | list[int]]) -> Plan:

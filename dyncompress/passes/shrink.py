@@ -4,18 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .axes import Axes, as_keep, infer_axes
 from .branches import remove_branches
 from .constants import fold_constants
-from .copying import deep_copy
 from .dims import Atom, new_size
 from .exact import keep_counts
-from .plan import Plan, plan_axes
+from .plan import masked_copy, plan_axes, sliced_copy
 from .resize_modules import resize_modules
 from .resize_ops import resize_ops
-from .typing import attribute
 
 Keep = Mapping[str, Tensor | list[int]]
 
@@ -39,8 +37,8 @@ def shrink(gm: fx.GraphModule, keep: Keep, *, exact: bool = False) -> fx.GraphMo
 
 def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False) -> fx.GraphModule:
     """`shrink` with axes already inferred and kept indices by atom."""
-    types = axes.types
-    small = _copy_with(types.gm, plan_axes(axes, keep))
+    types, scheme = axes.types, plan_axes(axes, keep)
+    small = sliced_copy(types.gm, scheme)
     nodes = {node.name: node for node in small.graph.nodes}
     twins = [(old, nodes[old.name]) for old in types.gm.graph.nodes]
     resize_modules(types, small, keep)
@@ -48,7 +46,7 @@ def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False)
     for old, new in twins:
         new.meta["val"] = _resized(old.meta.get("val"), types.dims.get(old, ()), keep)
     if exact:
-        keep_counts(types, small, twins, keep)
+        keep_counts(types, small, twins, scheme, keep)
         fold_constants(types, small, keep)
     remove_branches(small, [branch for atom, branch in axes.branches.items() if atom in keep])
     small.recompile()
@@ -58,24 +56,7 @@ def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False)
 def mask(gm: fx.GraphModule, keep: Keep) -> fx.GraphModule:
     """A copy of the same size with every removed slice zeroed: the reference that a shrunk model must equal."""
     axes = infer_axes(gm)
-    scheme = plan_axes(axes, as_keep(axes, keep))
-    masked = deep_copy(gm)
-    with torch.no_grad():
-        for name in [*scheme.kept, *scheme.dropped]:
-            tensor = attribute(masked, name)
-            tensor.copy_(scheme.zero(name, tensor))
-    return masked
-
-
-def _copy_with(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
-    """A deep copy of `gm` in which each planned tensor is already its slice."""
-    memo: dict[int, Any] = {}
-    for name in scheme.kept:
-        tensor = attribute(gm, name)
-        small = scheme.slice(name, tensor.detach())
-        is_param = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if is_param else small
-    return deep_copy(gm, memo)
+    return masked_copy(gm, plan_axes(axes, as_keep(axes, keep)))
 
 
 def _resized(val: Any, dims: Any, keep: Mapping[Atom, Tensor]) -> Any:

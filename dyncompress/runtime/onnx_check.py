@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DynCompressError
 from .dynamic import DynamicModel, Prediction
-from .samples import call_flat
 from .policy import RULES
+from .samples import call_flat
 
 BATCHES = (1, 3, 64)
 

@@ -16,9 +16,9 @@ from ..passes.copying import deep_copy
 from .dynamic import DynamicModel
 from .onnx_check import BATCHES, Tolerance, check_file
 from .onnx_compose import compose, compose_static
-from .samples import call_flat, given_inputs, random_inputs
 from .onnx_segments import trace_segments, trace_static
 from .onnx_trace import quiet
+from .samples import call_flat, given_inputs, random_inputs
 
 _LEAST_OPSET = 18
 _SINGLE_FILE_BYTES = 2_000_000_000  # protobuf holds 2 GiB; the rest is for the graph

@@ -15,9 +15,9 @@ from ..passes.stages import Stage, split_stages
 from .dynamic import DynamicModel
 from .onnx_heads import use_window_pooling
 from .onnx_recurrent import use_onnx_layers
-from .samples import call_flat
 from .onnx_trace import Value, trace
 from .policy import ExitPolicy
+from .samples import call_flat
 
 
 @dataclass(frozen=True)

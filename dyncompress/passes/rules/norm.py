@@ -52,7 +52,12 @@ def layer_norm(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
 
 @module_rule(nn.LayerNorm, nn.RMSNorm, CountedLayerNorm, CountedRMSNorm)
 def layer_norm_module(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
-    return _over_last(t, node, t.of(a["input"]), a["module"].normalized_shape, _own(t, a, "weight", "bias"))
+    x = t.of(a["input"])
+    for rest in _own(t, a, "rest_sum", "rest_squares"):
+        for have, want in zip(x, rest, strict=True):
+            if want.size > 1:
+                unify(have, want)
+    return _over_last(t, node, x, a["module"].normalized_shape, _own(t, a, "weight", "bias"))
 
 
 def _in_groups(t: Typing, node: fx.Node, x: Dims, groups: int, tensors: list[Dims]) -> Dims:
