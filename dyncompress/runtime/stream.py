@@ -30,7 +30,7 @@ from .shard_writer import Planned, pack, write_shard
 from .shards import BITS, DTYPES, Source
 from .stream_fit import check_constants, match
 from .stream_folder import Journal, check_free, finish, open_journal, replaceable, shard_name
-from .tensor_table import Table, describe_tensors
+from .tensor_table import describe_tensors
 
 MAX_SHARD_BYTES = 2 * 10**9
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -128,7 +128,6 @@ def _plan(
     if exact:
         check_constants(gm, source, origin, scheme)
     table, tensors = describe_tensors(small)
-    _mark_constants(table, gm)
     streamed = {name: tensor for name, tensor in tensors.items() if name in origin}
     constants = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if name not in origin}
     document = describe(small, table, None)
@@ -136,14 +135,6 @@ def _plan(
     planned = {name: _planned(name, tensor, source, origin[name], kept[name]) for name, tensor in streamed.items()}
     check_loadable(small, document, {name: tensor.to("meta") for name, tensor in tensors.items()})
     return _Work(source, document, planned, origin, kept, constants)
-
-
-def _mark_constants(table: Table, gm: fx.GraphModule) -> None:
-    """Notes which buffers are no part of the state dict: copies of a graph forget it."""
-    persistent = set(gm.state_dict(keep_vars=True))
-    for name, entry in table.items():
-        if entry["kind"] == "buffer" and name not in persistent:
-            entry["persistent"] = False
 
 
 def _kept_by_name(gm: fx.GraphModule, scheme: Plan, names: Mapping[str, Tensor]) -> dict[str, Kept]:
