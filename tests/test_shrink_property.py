@@ -72,6 +72,10 @@ def check_sizes(gm: torch.fx.GraphModule, small: torch.fx.GraphModule, axes: Axe
             assert sizes.get(name, 0) == int(positions.sum()), name
 
 
+def test_a_projection_as_wide_as_its_cell() -> None:
+    assert check(1473)
+
+
 def test_shrunk_networks_equal_masked_ones(first: int) -> None:
     changed = [check(seed) for seed in range(first, first + CHUNK)]
     assert sum(changed) >= CHUNK // 2, "pruning should change most outputs, or the oracle proves nothing"

@@ -96,8 +96,8 @@ class Axes(Mapping[str, Axis]):
 def infer_axes(gm: fx.GraphModule) -> Axes:
     """Every axis of the model's parameters, with its size, its parameter slices and, if it cannot shrink, why.
 
-    An axis is named after the first parameter slice that holds it: `layer1.conv1.weight:0`, or `qkv.weight:0.1` for the second
-    factor of a dim with several; a residual branch after the module that holds it: `layer1.0:branch`.
+    An axis is named after the first parameter slice that holds it: `layer1.conv1.weight:0`, or `qkv.weight:0.1` for the
+    second factor of a dim with several; a residual branch after the module that holds it: `layer1.0:branch`.
 
     Raises:
         RequestError: `gm` was not made by `capture`.

@@ -69,7 +69,8 @@ def _recurrent(types: Typing, node: fx.Node, small: fx.GraphModule, module: Any,
     outs = [getattr(module, f"weight_hh{s}").shape[1] for s in suffixes]
     hidden = [getattr(module, f"weight_hr{s}").shape[1] for s in suffixes] if module.proj_size else outs
     proj = outs if module.proj_size else []
-    if isinstance(module, RaggedRecurrent) or len(set(hidden)) > 1 or len(set(proj)) > 1:
+    wide = any(p >= h for p, h in zip(proj, hidden, strict=False))  # nn.LSTM projects to less than its cell only
+    if isinstance(module, RaggedRecurrent) or len(set(hidden)) > 1 or len(set(proj)) > 1 or wide:
         _replace_by_ragged(small, str(node.target), module, hidden, proj)
         return
     module.input_size, module.hidden_size = module.weight_ih_l0.shape[1], hidden[0]
