@@ -52,6 +52,7 @@ def _axes(axes: Axes) -> list[dict[str, Any]]:
     return [
         {
             "name": axis.name,
+            "kind": axis.kind,
             "size": axis.size,
             "prunable": axis.prunable,
             "reason": axis.reason,
@@ -67,8 +68,8 @@ def _show(report: dict[str, Any], console: Console) -> None:
     costs = f"{tables.quantity(report['macs'])} MACs per sample, {tables.quantity(report['parameters'])} parameters"
     size = tables.quantity(report["bytes"], "B")
     console.print(f"{report['model']}: {costs}, {size}, {len(prunable)} of {len(report['axes'])} axes can shrink")
-    cells = [(a["name"], a["size"], len(a["slices"])) for a in prunable]
-    console.print(tables.rows("Axes that can shrink", ("axis", "size", "slices"), cells))
+    cells = [(a["name"], a["kind"], a["size"], len(a["slices"])) for a in prunable]
+    console.print(tables.rows("Axes that can shrink", ("axis", "of", "size", "slices"), cells))
     console.print(tables.rows("Frozen axes", ("why", "axes", "such as"), _by_reason(report["axes"])))
     working = [b for b in report["blocks"] if b["macs"]]
     spans = [(b["start"] or "inputs", b["end"], b["nodes"], tables.quantity(b["macs"])) for b in working]
