@@ -123,9 +123,12 @@ class _Known(fx.Interpreter):
         if node.op == "call_module":
             return self._module(self.module.get_submodule(str(node.target)), *args, **kwargs)
         if node.op == "get_attr":
-            return self.get_attr(target, args, kwargs)
+            value = self.get_attr(target, args, kwargs)
+            return value.clone() if isinstance(value, Tensor) else value  # a later call may write to it
         if op_name(node) == "mul":
             product = target(*args, **kwargs)
+            if not isinstance(product, Tensor):  # of sizes
+                return product
             zero = torch.zeros_like(product)
             for factor in args[:2]:
                 zero = zero + (torch.as_tensor(factor, device=product.device) == 0)
