@@ -491,3 +491,22 @@ def test_two_unknown_sizes_are_not_taken_for_equal_ones(tmp_path: Path) -> None:
     export_onnx(gm, tmp_path / "decoder.onnx")
     values = onnx.load(tmp_path / "decoder.onnx").graph.value_info
     assert all(d.dim_param != "None" for v in values for d in v.type.tensor_type.shape.dim)
+
+
+class Windows(nn.Module):
+    """Attention inside windows: (batch, windows, heads, tokens, width), and without a batch of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(1, (3, 4)).unflatten(-1, (3, 2, 4)).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        mask = torch.zeros(3, 1, 4, 4).masked_fill(torch.arange(4) == 3, -torch.inf)
+        x = nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(2, 3).flatten(3).flatten(1, 2)
+        return self.out(nn.functional.scaled_dot_product_attention(x, x, x))
+
+
+def test_attention_of_any_rank(tmp_path: Path) -> None:
+    gm = capture(Windows().eval(), torch.randn(2, 12, 8))
+    assert max(export_onnx(gm, tmp_path / "windows.onnx").max_error.values()) < 1e-4

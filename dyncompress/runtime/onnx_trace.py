@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from ..errors import DynCompressError
+from .onnx_attention import with_plain_attention
 
 Value = Tensor | int
 
@@ -40,6 +41,7 @@ def trace(
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=(shapes,), strict=False)
+            program = with_plain_attention(program)
             made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except DynCompressError:
         raise
