@@ -90,6 +90,7 @@ FAMILIES: dict[str, tuple[Case, list[int]]] = {
     "split": (images(lambda x: torch.cat(x.split([5, 3], 1)[::-1], 1)), [5, 3]),
     "chunk": (images(lambda x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1], out=4), [4]),
     "slice": (images(lambda x: x[:, 2:6], out=4), [2, 4, 2]),
+    "interleaved": (rows(lambda x: torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(2)), [4]),
     "unbind": (rows(lambda x: sum(x.unflatten(-1, (2, 4)).unbind(2)), out=4), [4]),
     "select": (rows(lambda x: x.unflatten(-1, (2, 4))[:, :, 1], out=4), [4]),
     "index": (rows(lambda x: x[:, torch.tensor([0, 2, 2])]), [8]),

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import fx
 
-from ..dims import Concat, Dim, freeze, fresh, split, unify
+from ..dims import Concat, Dim, Product, freeze, fresh, split, unify
 from ..typing import Dims, Typing, rule
 
 
@@ -58,13 +58,18 @@ def select(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
 
 @rule("slice", "narrow")
 def slice_rule(t: Typing, node: fx.Node, a: dict[str, Any]) -> Dims:
-    """x[start:end] = the middle of (before + middle + after)."""
+    """x[start:end] = the middle of (before + middle + after); x[k::s] = the n of n * s, which stays in step."""
     x = list(t.of(a["self"]))
     at, step = a["dim"] % len(x), a.get("step", 1)
     have, want = x[at].size, node.meta["val"].shape[at]
     if have == want and step == 1:
         return tuple(x)
     start = a.get("start") or 0
+    if isinstance(start, int) and 0 <= start < step and have == want * step:
+        kept = fresh(want)
+        unify(x[at], Product((kept, fresh(step, "interleaved"))))
+        x[at] = kept
+        return tuple(x)
     fixed = isinstance(start, int) and not isinstance(a.get("end", a.get("length")), fx.Node) and step == 1
     if not fixed:
         freeze(x[at], "sliced by a run-time size or a step")
