@@ -105,15 +105,18 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     path = Path(__file__).with_suffix(".json")
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    for name in asked.models:
-        for batch in BATCHES:
-            if any((r["model"], r["batch"]) == (name, batch) for r in rows):
-                continue
-            rows.append(measure(name, batch))
-            print(json.dumps(rows[-1]), flush=True)
-            machine = f"{asked.threads} threads, CPU, torch {torch.__version__}"
-            result = {"command": "python benchmarks/speedup.py", "machine": machine, "rows": rows}
-            path.write_text(json.dumps(result, indent=1) + "\n")
+    for name, batch in [(name, batch) for batch in BATCHES for name in asked.models]:
+        if any((r["model"], r["batch"]) == (name, batch) for r in rows):
+            continue
+        rows.append(measure(name, batch))
+        print(json.dumps(rows[-1]), flush=True)
+        machine = f"{asked.threads} thread(s), CPU, torch {torch.__version__}"
+        result = {
+            "command": f"python benchmarks/speedup.py --threads {asked.threads}",
+            "machine": machine,
+            "rows": rows,
+        }
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
