@@ -12,11 +12,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from .dims import Dim
-from .typing import bound_args, op_name
+from .dims import Dim, leaves
+from .typing import BATCH, bound_args, op_name
 
 aten = torch.ops.aten
 Call = Callable[..., fx.Node]
+
+
+def rescale(node: fx.Node, ratio: float) -> None:
+    """Multiplies what a call returns: a mean over new / old of the values it once had."""
+    with node.graph.inserting_after(node):
+        scaled = node.graph.call_function(aten.mul.Tensor, (node, ratio))
+    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    scaled.meta = dict(node.meta)
 
 
 def count_op(old: fx.Node, new: fx.Node, dims: Sequence[Dim]) -> bool:
@@ -28,7 +36,7 @@ def count_op(old: fx.Node, new: fx.Node, dims: Sequence[Dim]) -> bool:
         new: the call to replace.
     """
     write = _WRITERS.get(op_name(old))
-    if write is None:
+    if write is None or any(leaf.frozen == BATCH for dim in dims for leaf in leaves(dim)):  # a count that varies
         return False
     last = new
 
@@ -97,12 +105,6 @@ def _rms_norm(call: Call, a: dict[str, Any], n: int) -> list[fx.Node]:
     return [_affine(call, call(aten.mul.Tensor, x, scale), a, None)]
 
 
-def _mean(call: Call, a: dict[str, Any], n: int) -> list[fx.Node]:
-    dims = a["dim"] if a.get("dim") is not None else list(range(a["self"].meta["val"].dim()))
-    dims = [dims] if isinstance(dims, int) else dims
-    return [call(aten.div.Scalar, call(aten.sum.dim_IntList, a["self"], dims, bool(a.get("keepdim"))), n)]
-
-
 def _spread(root: bool, with_mean: bool) -> Callable[..., list[fx.Node]]:
     def write(call: Call, a: dict[str, Any], n: int) -> list[fx.Node]:
         x = a["self"]
@@ -122,7 +124,6 @@ _WRITERS: dict[str, Callable[..., list[fx.Node]]] = {
     "batch_norm": _batch_norm,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
-    "mean": _mean,
     "var": _spread(root=False, with_mean=False),
     "std": _spread(root=True, with_mean=False),
     "var_mean": _spread(root=False, with_mean=True),

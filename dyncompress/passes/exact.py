@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from ..errors import RequestError
 from .constants import masked_rests
 from .counted import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
-from .counted_ops import count_op
+from .counted_ops import count_op, rescale
 from .dims import Atom, Dim, new_size
 from .plan import Plan
 from .typing import Typing, op_name
@@ -34,6 +34,8 @@ def keep_counts(types: Typing, small: fx.GraphModule, twins: Twins, scheme: Plan
             continue
         if old.op == "call_module":
             _replace_norm(types, small, old, rests.get(old))
+        elif op_name(old) == "mean":
+            rescale(new, math.prod(new_size(dim, keep) / dim.size for dim in _averaged(types, old)))
         elif op_name(old) not in _NOT_AVERAGED and not count_op(old, new, _averaged(types, old)):
             raise RequestError(f"exact=True cannot keep the count of {old.name} ({op_name(old)}); use exact=False")
 

@@ -17,6 +17,7 @@ Dims = tuple[Dim, ...]
 Typed = Any  # Dims, or a tuple of Dims for a node with several outputs
 Rule = Callable[["Typing", fx.Node, dict[str, Any]], Typed]
 
+BATCH = "the batch"  # why its axis cannot shrink
 OP_RULES: dict[str, Rule] = {}
 MODULE_RULES: dict[type[nn.Module], Rule] = {}
 
@@ -227,7 +228,7 @@ def _placeholder(types: Typing, node: fx.Node, val: Any) -> Dims:
     for d, size in enumerate(val.shape):
         if d == 0 and 0 in node.meta.get("dynamic", ()):
             if types.batch == ONE:
-                types.batch = fresh(size, "the batch")
+                types.batch = fresh(size, BATCH)
             dims.append(types.batch)
         else:
             dims.append(fresh(size, "it enters the model as an input"))
