@@ -1,12 +1,13 @@
 """What is left of a model for given kept indices: channels, MACs, parameters or bytes; its data is not touched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from ..errors import RequestError
 from ..passes.axes import Axes, Axis, infer_axes
-from ..passes.copying import deep_copy
+from ..passes.copying import copy_with
 from ..passes.cost import count_bytes, count_macs, count_parameters
 from ..passes.shrink import shrink_axes
 from .ranking import BRANCH, Keep, dead_axes
@@ -18,6 +19,21 @@ COUNTS: dict[str, Callable[[fx.GraphModule], int]] = {
     "params": count_parameters,
     "bytes": count_bytes,
 }
+
+
+def one_target(targets: Mapping[str, float | None]) -> tuple[str, float]:
+    """The one metric that is given, and the share of it that stays.
+
+    Raises:
+        RequestError: none or several are given, or the share is not in (0, 1].
+    """
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise RequestError(f"give exactly one of {', '.join(targets)}; got {', '.join(given) or 'none'}")
+    ((name, value),) = given.items()
+    if not 0 < value <= 1:
+        raise RequestError(f"{name} is the share that stays, above 0 and at most 1; got {value}")
+    return name, value
 
 
 class Ghost:
@@ -53,8 +69,5 @@ def _ratio(axes: Axes, widths: list[Axis]) -> Left:
 
 
 def _without_data(gm: fx.GraphModule) -> fx.GraphModule:
-    memo: dict[int, object] = {}
-    for tensor in [*gm.parameters(), *gm.buffers()]:
-        ghost = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(ghost) if isinstance(tensor, nn.Parameter) else ghost
-    return deep_copy(gm, memo)
+    named = [*gm.named_parameters(), *gm.named_buffers()]
+    return copy_with(gm, {name: torch.empty_like(tensor, device="meta") for name, tensor in named})

@@ -14,6 +14,7 @@ from ..errors import RequestError
 from ..passes.axes import Axes, Axis
 from ..passes.dims import Atom, Dim, leaves
 from ..passes.shrink import shrink_axes
+from ..passes.typing import flat
 from .budget import measure
 from .latency import Latency
 from .ranking import Keep, Limits, Ranking
@@ -123,15 +124,7 @@ def _touched(axes: Axes) -> dict[Atom, set[str]]:
 def _dims_around(axes: Axes, node: fx.Node) -> Iterator[Dim]:
     types = axes.types
     for value in (node, *node.all_input_nodes):
-        yield from _flat(types.of(value))
+        yield from flat(types.of(value))
     if node.op == "call_module":
         for name, _ in types.gm.get_submodule(str(node.target)).named_parameters():
             yield from types.params.get(f"{node.target}.{name}", ())
-
-
-def _flat(typed: object) -> Iterator[Dim]:
-    for part in typed if isinstance(typed, tuple | list) else ():
-        if isinstance(part, tuple | list):
-            yield from _flat(part)
-        else:
-            yield part

@@ -19,7 +19,7 @@ from ..passes.capture import Inputs, capture
 from ..passes.plan import plan_axes
 from ..passes.shrink import shrink_axes
 from .batches import LabelledData
-from .budget import measure
+from .budget import measure, one_target
 from .cut_store import Cut, CutStore
 from .importance import COMPARABLE, Context, Scores, check_importance, score_axes
 from .kept import Kept
@@ -31,7 +31,6 @@ from .recalibrate import recalibrate_batchnorm
 from .search import choose
 from .trainer import fit
 
-METRICS = ("ratio", "macs", "params", "bytes", "latency")
 RECALIBRATION_BATCHES = 32
 
 __all__ = ["Limits", "choose", "prune"]
@@ -96,7 +95,7 @@ def prune(
             missing or unfit, weights that are not finite.
         DynCompressError: the training failed.
     """
-    metric, target = _target({"ratio": ratio, "macs": macs, "params": params, "bytes": bytes, "latency": latency})
+    metric, target = one_target({"ratio": ratio, "macs": macs, "params": params, "bytes": bytes, "latency": latency})
     step_size = 1 if round_to is None and metric != "latency" else round_to
     limits = Limits(floor, step_size, tuple(ignore), ceiling, depth)
     _check(importance, scope, steps, finetune, seed, data)
@@ -108,16 +107,6 @@ def prune(
     request |= {**asdict(limits), "ignore": list(ignore), "exact": exact, "seed": seed}
     store = CutStore(Path(run_dir) if run_dir is not None else None, request, resume)
     return _in_steps(job, gm, _schedule(target, steps), finetune, training, store)
-
-
-def _target(targets: dict[str, float | None]) -> tuple[str, float]:
-    given = {k: v for k, v in targets.items() if v is not None}
-    if len(given) != 1:
-        raise RequestError(f"give exactly one of {', '.join(METRICS)}; got {', '.join(given) or 'none'}")
-    ((name, value),) = given.items()
-    if not 0 < value <= 1:
-        raise RequestError(f"{name} is the share that stays, above 0 and at most 1; got {value}")
-    return name, value
 
 
 def _check(importance: str, scope: str, steps: int, finetune: int, seed: int, data: LabelledData | None) -> None:

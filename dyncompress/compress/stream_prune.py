@@ -21,11 +21,11 @@ from ..runtime.shards import Source
 from ..runtime.stream import MAX_SHARD_BYTES, check_output, shrink_checkpoint
 from ..runtime.stream_fit import match
 from ..runtime.stream_folder import is_finished
+from .budget import one_target
 from .importance.groups import parameter_slices
 from .prune import Limits, choose
 
 KEPT = "kept.json"  # what was chosen and for which request: a resumed run does not rank again
-METRICS = ("ratio", "macs", "params", "bytes")
 
 
 def prune_checkpoint(
@@ -65,7 +65,7 @@ def prune_checkpoint(
     Raises:
         RequestError, DynCompressError: as `prune` and `shrink_checkpoint`; weights that are not finite.
     """
-    metric, target = _target({"ratio": ratio, "macs": macs, "params": params, "bytes": bytes})
+    metric, target = one_target({"ratio": ratio, "macs": macs, "params": params, "bytes": bytes})
     stored, folder = Source(Path(source)), Path(out)
     axes, limits = infer_axes(gm), Limits(floor, round_to or 1, tuple(ignore), ceiling, depth)
     request = {
@@ -156,16 +156,6 @@ def _gathered(
     for tensor, dim, positions in pieces:
         total += sums[id(tensor)][dim][positions].sum(1)
     return total.sqrt()
-
-
-def _target(targets: Mapping[str, float | None]) -> tuple[str, float]:
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise RequestError(f"give exactly one of {', '.join(METRICS)}; got {', '.join(given) or 'none'}")
-    ((name, value),) = given.items()
-    if not 0 < value <= 1:
-        raise RequestError(f"{name} is the share that stays, above 0 and at most 1; got {value}")
-    return name, value
 
 
 def _chosen_before(

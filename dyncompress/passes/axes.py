@@ -151,10 +151,12 @@ def as_keep(axes: Axes, keep: Mapping[str, Tensor | list[int]]) -> dict[Atom, Te
     """
     result: dict[Atom, Tensor] = {}
     for name, indices in keep.items():
-        inside = [atom for atom, branch in axes.branches.items() if branch.name.startswith((f"{name}.", f"{name}:"))]
-        if len(indices) == 0 and name not in axes and inside:
-            result |= dict.fromkeys(inside, _NOTHING)
-            continue
+        if len(indices) == 0 and name not in axes:
+            within = (f"{name}.", f"{name}:")
+            inside = [atom for atom, branch in axes.branches.items() if branch.name.startswith(within)]
+            if inside:
+                result |= dict.fromkeys(inside, _NOTHING)
+                continue
         axis = axes[name]
         kept = _checked(axis, indices)
         if len(kept) < axis.size:

@@ -73,11 +73,11 @@ class _Search:
         if not all(_same_shape(a, total) for a in (first, second)) or args.get("alpha", 1) != 1 or first is second:
             return None
         regions = [(self._region(b, a, total), a, b) for b, a in ((first, second), (second, first))]
-        able = [(region, a) for region, a, b in regions if self._removable(region, a, b)]
+        owning = [(region, a, b, tuple(dict.fromkeys(self._own(region)))) for region, a, b in regions]
+        able = [(region, a, own) for region, a, b, own in owning if self._removable(region, a, b, own)]
         if not able:
             return None
-        region, shortcut = max(able, key=lambda pair: sum(self.macs[n] for n in pair[0]))
-        tensors = tuple(dict.fromkeys(self._own(region)))
+        region, shortcut, tensors = max(able, key=lambda found: sum(self.macs[n] for n in found[0]))
         return Branch(_name(tensors, total, taken), total, shortcut, tuple(region), tensors)
 
     def _region(self, end: fx.Node, shortcut: fx.Node, total: fx.Node) -> list[fx.Node]:
@@ -99,14 +99,14 @@ class _Search:
     def _leads_to(self, node: fx.Node, target: fx.Node) -> bool:
         return bool(self.ancestors[target] >> self.order[node] & 1)
 
-    def _removable(self, region: list[fx.Node], shortcut: fx.Node, end: fx.Node) -> bool:
+    def _removable(self, region: list[fx.Node], shortcut: fx.Node, end: fx.Node, own: tuple[str, ...]) -> bool:
         inside = set(region)
-        if not region or not any(True for _ in self._own(region)):
+        if not own:
             return False
         entering = {n for node in region for n in node.all_input_nodes if n not in inside and _is_float(n)}
         fed = any(self._leads_to(n, shortcut) and n.op != "get_attr" for n in entering)
         outward = any(source not in inside for node in region for source in written(node))
-        return fed and not outward and end in zero_nodes(self.gm, region, set(self._own(region)))
+        return fed and not outward and end in zero_nodes(self.gm, region, set(own))
 
     def _own(self, region: Iterable[fx.Node]) -> Iterator[str]:
         """Names of the tensors that only the region uses."""

@@ -11,7 +11,7 @@ The sum over the removed inputs goes into the bias where it is the same at every
 constant other than zero is not, and then nothing is folded. Ye et al., ICLR 2018 (arXiv:1802.00124), section 3.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from .counted import CountedLayerNorm, CountedRMSNorm
 from .dims import Atom, kept_indices, new_size
+from .modes import evaluating
 from .plan import Plan, masked_copy
 from .typing import Typing, op_name
 
@@ -34,11 +35,12 @@ _ON_LAST = {nn.LayerNorm, nn.RMSNorm, CountedLayerNorm, CountedRMSNorm}
 _SCALED = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
 
 
+@torch.no_grad()
 def fold_constants(types: Typing, small: fx.GraphModule, keep: Mapping[Atom, Tensor]) -> None:
     """Adds what the removed inputs of each linear and convolution layer contribute to its bias, where constant."""
     if not _has_silent_index(types, keep):
         return
-    for node, x in _Known(types.gm).layer_inputs().items():
+    for node, x in _Known(types.gm).layer_inputs():
         layer = types.gm.get_submodule(str(node.target))
         calls = types.gm.graph.find_nodes(op="call_module", target=node.target)
         if isinstance(layer, _WEIGHTED) and len(calls) == 1:
@@ -77,6 +79,7 @@ def _has_silent_index(types: Typing, keep: Mapping[Atom, Tensor]) -> bool:
     return False
 
 
+@torch.no_grad()
 def masked_rests(types: Typing, scheme: Plan, keep: Mapping[Atom, Tensor], norms: set[str]) -> dict[fx.Node, Tensor]:
     """What the removed indices hold, all of their own slices zeroed, at each of these norms over a shrunk last dim,
     (1, ..., removed); only where that is known and not zero."""
@@ -84,28 +87,29 @@ def masked_rests(types: Typing, scheme: Plan, keep: Mapping[Atom, Tensor], norms
         return {}
     nodes = {node.name: node for node in types.gm.graph.nodes}
     found = {}
-    for copied, x in _Known(masked_copy(types.gm, scheme)).layer_inputs().items():
+    for copied, x in _Known(masked_copy(types.gm, scheme)).layer_inputs():
         node = nodes[copied.name]
         if node.name in norms and type(types.gm.get_submodule(str(node.target))) in _ON_LAST:
             kept = kept_indices(types.dims[node][-1], keep)
-            rest = x if kept is None else x[..., [i for i in range(x.shape[-1]) if i not in set(kept.tolist())]]
-            if kept is not None and rest.nan_to_num(0.0).any():
-                found[node] = rest.nan_to_num(0.0)
+            if kept is None:
+                continue
+            gone = torch.ones(x.shape[-1], dtype=torch.bool)
+            gone[kept] = False
+            rest = x[..., gone.to(x.device)].nan_to_num(0.0)
+            if rest.any():
+                found[node] = rest
     return found
 
 
 class _Known(fx.Interpreter):
     """Runs a graph on inputs that are not known; tensors are NaN where they depend on them, None if that is unclear."""
 
-    def layer_inputs(self) -> dict[fx.Node, Tensor]:
-        """What comes into each linear and convolution layer, as far as anything of it is known."""
-        found: dict[fx.Node, Tensor] = {}
-        with torch.no_grad():
-            for node in self.graph.nodes:
-                if node.op == "call_module" and self.env[node.args[0]] is not None:
-                    found[node] = self.env[node.args[0]].clone()
-                self.env[node] = self._value(node)
-        return found
+    def layer_inputs(self) -> Iterator[tuple[fx.Node, Tensor]]:
+        """Each module call and what comes into it, before it runs; not where that is unclear."""
+        for node in self.graph.nodes:
+            if node.op == "call_module" and self.env[node.args[0]] is not None:
+                yield node, self.env[node.args[0]]
+            self.env[node] = self._value(node)
 
     def _value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -143,7 +147,8 @@ class _Known(fx.Interpreter):
             shape = [1, -1] + [1] * (x.dim() - 2)
             gamma = torch.ones_like(layer.running_mean) if layer.weight is None else layer.weight
             reached = x.isnan() & (gamma != 0).view(shape)
-            return _evaluated(layer, x.nan_to_num(0.0)).masked_fill(reached, torch.nan)
+            with evaluating(layer):
+                return layer(x.nan_to_num(0.0)).masked_fill(reached, torch.nan)
         if type(layer) in _ON_LAST and layer.weight is not None:
             bias = getattr(layer, "bias", None)
             known = torch.zeros_like(layer.weight) if bias is None else bias
@@ -154,11 +159,3 @@ class _Known(fx.Interpreter):
 def _call(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     given: Any = {"weight": weight, "bias": bias}
     return torch.func.functional_call(layer, given, (x,))
-
-
-def _evaluated(layer: nn.Module, x: Tensor) -> Tensor:
-    was = layer.training
-    try:
-        return layer.eval()(x)
-    finally:
-        layer.train(was)

@@ -3,13 +3,12 @@ weights, gradients, optimiser moments, an averaged copy, shards of a file - and 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .axes import Axes, as_keep, infer_axes
-from .copying import deep_copy
+from .copying import copy_with
 from .dims import kept_indices, new_size
 from .typing import attribute
 
@@ -73,20 +72,12 @@ class Plan:
 
 def masked_copy(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
     """A deep copy of `gm`, everything that the plan removes set to zero."""
-    return _copy_with(gm, {name: scheme.zero(name, attribute(gm, name).detach()) for name in scheme.touched})
+    return copy_with(gm, {name: scheme.zero(name, attribute(gm, name).detach()) for name in scheme.touched})
 
 
 def sliced_copy(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
     """A deep copy of `gm` in which each tensor that the plan shrinks is already its slice."""
-    return _copy_with(gm, {name: scheme.slice(name, attribute(gm, name).detach()) for name in scheme.kept})
-
-
-def _copy_with(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
-    memo: dict[int, Any] = {}
-    for name, new in tensors.items():
-        old = attribute(gm, name)
-        memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    return deep_copy(gm, memo)
+    return copy_with(gm, {name: scheme.slice(name, attribute(gm, name).detach()) for name in scheme.kept})
 
 
 def plan(gm: fx.GraphModule, keep: Mapping[str, Tensor | list[int]]) -> Plan:

@@ -137,7 +137,7 @@ class Typing:
     def has_batch(self, node: fx.Node) -> bool:
         """Whether the batch axis occurs anywhere in the dims of `node`, inside products too."""
         batch = set(leaves(self.batch))
-        return any(leaf in batch for d in self._flat(self.of(node)) for leaf in leaves(d))
+        return any(leaf in batch for d in flat(self.of(node)) for leaf in leaves(d))
 
     def feature_dim(self, node: fx.Node) -> int | None:
         """The last tensor dim of `node` that holds an axis some layer computes (channels, features); None if none."""
@@ -149,12 +149,14 @@ class Typing:
         dims = self.of(node)
         return () if any(isinstance(d, tuple) for d in dims) else dims
 
-    def _flat(self, typed: Any) -> Iterable[Dim]:
-        for part in typed:
-            if isinstance(part, tuple):
-                yield from self._flat(part)
-            else:
-                yield part
+
+def flat(typed: Any) -> Iterable[Dim]:
+    """Every dim in a nest of dims: a node's, whether it has one output or several."""
+    for part in typed:
+        if isinstance(part, tuple | list):
+            yield from flat(part)
+        else:
+            yield part
 
 
 def attribute(root: nn.Module, path: str) -> Any:

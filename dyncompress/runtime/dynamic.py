@@ -1,8 +1,7 @@
 """The dynamic model: a graph with exits that answers each sample at the first exit that is sure of it."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import RequestError
 from ..passes.cost import count_macs
+from ..passes.modes import evaluating
 from ..passes.stages import Stage, split_stages, without_exits
 from .inputs import batch_size, flat_inputs
 from .policy import ExitPolicy
@@ -183,17 +183,9 @@ class DynamicModel(nn.Module):
             ]
         return logits, exit_index
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode, every module's own mode restored afterwards."""
-        training = [m for m in self.trunk.modules() if m.training] if self.training or self.trunk.training else []
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    def _evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode for a while; a model that is in it already is not walked through."""
+        return evaluating(self.trunk) if self.training or self.trunk.training else nullcontext()
 
     def _no_logits(self) -> Tensor:
         return next(self.trunk.parameters()).new_empty((0, self.num_classes), requires_grad=False)

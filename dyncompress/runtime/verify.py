@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,9 @@ from ..errors import RequestError
 from ..passes.axes import Axes, as_keep, infer_axes
 from ..passes.capture import Inputs
 from ..passes.dims import Atom, Dim, kept_indices
-from ..passes.shrink import Keep, mask
+from ..passes.modes import evaluating
+from ..passes.plan import masked_copy, plan_axes
+from ..passes.shrink import Keep
 from .samples import given_inputs, random_inputs
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -81,7 +82,8 @@ def verify(
     if tolerance is None:
         dtype = next((p.dtype for p in original.parameters() if p.is_floating_point()), torch.float32)
         tolerance = _TOLERANCES.get(dtype, 1e-4)
-    reference, ours = _Recorder(mask(original, keep)).values(flat), _Recorder(small).values(flat)
+    masked = masked_copy(original, plan_axes(axes, kept))
+    reference, ours = _Recorder(masked).values(flat), _Recorder(small).values(flat)
     error = _error(reference["output"], ours["output"])
     found = [d for d in _differences(axes, kept, reference, ours) if not d.error <= tolerance]
     return Verification(error <= tolerance, error, tolerance, tuple(found))
@@ -124,7 +126,7 @@ class _Recorder(fx.Interpreter):
 
     def values(self, flat: list[Any]) -> Values:
         self.seen: Values = {}
-        with torch.no_grad(), _evaluating(self.module):
+        with torch.no_grad(), evaluating(self.module):
             self.run(*flat, enable_io_processing=False)
         return self.seen
 
@@ -133,14 +135,3 @@ class _Recorder(fx.Interpreter):
         value = super().run_node(n)
         self.seen["output" if n.op == "output" else n.name] = pytree.tree_map_only(Tensor, Tensor.clone, value)
         return value
-
-
-@contextmanager
-def _evaluating(gm: Any) -> Iterator[None]:
-    training = [module for module in gm.modules() if module.training]
-    gm.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
