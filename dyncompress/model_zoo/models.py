@@ -1,43 +1,100 @@
-"""The reference models by name: build one with random weights, or load it trained."""
+"""The reference models by name: build one with random weights, or load one of those that come trained."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import RequestError
+from .convnets import AlexNet, LeNet
+from .encoder import TextEncoder
+from .language import LSTMLanguageModel, RHNLanguageModel
 from .lstm import LSTMDigits
-from .resnet import ResNetDigits
-from .vgg import VGGDigits
+from .msdnet import MSDNet
+from .reader import BiDAF
+from .resnet import ResNetCifar
+from .vgg import VGG
 from .vit import ViTDigits
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
-ZOO: dict[str, Callable[[], nn.Module]] = {
-    "vgg-digits": VGGDigits,
-    "resnet-digits": ResNetDigits,
-    "vit-digits": ViTDigits,
-    "lstm-digits": LSTMDigits,
+
+@dataclass(frozen=True)
+class Reference:
+    """A model of the zoo: how it is made, and the inputs of one call with two samples.
+
+    trained: whether its weights come with the package.
+    """
+
+    make: Callable[..., nn.Module]
+    example: Callable[[], Any]
+    trained: bool = False
+
+
+def _images(channels: int, size: int = 32) -> Tensor:
+    return torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _ids(*lengths: int) -> Any:
+    """Token ids below ten: one tensor (2, length) or a tuple of them."""
+    generator = torch.Generator().manual_seed(0)
+    ids = tuple(torch.randint(1, 10, (2, length), generator=generator) for length in lengths)
+    return ids if len(ids) > 1 else ids[0]
+
+
+_GREY, _COLOUR = partial(_images, 1), partial(_images, 3)
+
+ZOO: dict[str, Reference] = {
+    "vgg-digits": Reference(VGG, _GREY, trained=True),
+    "resnet-digits": Reference(partial(ResNetCifar, depth=20, channels=1, width=24), _GREY, trained=True),
+    "vit-digits": Reference(ViTDigits, _GREY, trained=True),
+    "lstm-digits": Reference(LSTMDigits, _GREY, trained=True),
+    "lenet": Reference(LeNet, partial(_images, 1, 28)),
+    "alexnet-cifar": Reference(AlexNet, _COLOUR),
+    "vgg-cifar": Reference(partial(VGG, channels=3), _COLOUR),
+    **{f"resnet{n}-cifar": Reference(partial(ResNetCifar, depth=n), _COLOUR) for n in (20, 32, 38, 56, 74, 110)},
+    "msdnet-cifar": Reference(MSDNet, _COLOUR),
+    "lstm-lm": Reference(LSTMLanguageModel, partial(_ids, 16)),
+    "rhn-lm": Reference(RHNLanguageModel, partial(_ids, 16)),
+    "bidaf": Reference(BiDAF, partial(_ids, 16, 8)),
+    "text-encoder": Reference(TextEncoder, partial(_ids, 16)),
 }
 
 
-def build(name: str) -> nn.Module:
-    """The model NAME with random weights, in training mode.
-
-    Raises RequestError for a name that is not in ZOO.
-    """
+def find(name: str) -> Reference:
+    """Raises RequestError for a name that is not in ZOO."""
     if name not in ZOO:
         raise RequestError(f"no reference model is called {name!r}: use one of {', '.join(ZOO)}")
-    return ZOO[name]()
+    return ZOO[name]
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """The model NAME with random weights, in training mode; options are its constructor's arguments.
+
+    Raises RequestError for a name that is not in ZOO, and for options that its constructor does not take.
+    """
+    make = find(name).make
+    try:
+        return make(**options)
+    except RequestError:
+        raise
+    except Exception as error:  # sizes that torch refuses raise many types
+        raise RequestError(f"{name} cannot be built: {error}") from error
 
 
 def load(name: str) -> nn.Module:
     """The model NAME with its trained weights, float32, in eval mode.
 
-    Raises RequestError for a name that is not in ZOO, or when its checkpoint is missing from the installation.
+    Raises RequestError for a name that is not in ZOO, for one that does not come trained, or when its checkpoint is
+    missing from the installation.
     """
+    if not find(name).trained:
+        raise RequestError(f"{name} comes without trained weights: build it with random ones and train it")
     model = build(name)
     path = CHECKPOINTS / f"{name}.safetensors"
     if not path.exists():
@@ -52,11 +109,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
 
 
-def example_input(name: str) -> Tensor:
-    """Two random images of the shape NAME reads: (2, 1, 32, 32) float32 in 0..1, the same at every call.
+def example_input(name: str) -> Any:
+    """Two random samples of what NAME reads, the same at every call: images float32 in 0..1, or token ids int64.
 
-    Raises RequestError for a name that is not in ZOO.
+    A tensor, or a tuple of them for a model with several inputs. Raises RequestError for a name that is not in ZOO.
     """
-    if name not in ZOO:
-        raise RequestError(f"no reference model is called {name!r}: use one of {', '.join(ZOO)}")
-    return torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    return find(name).example()

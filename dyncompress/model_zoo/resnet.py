@@ -1,9 +1,8 @@
-"""A CIFAR-style residual network: the reference for blocks that can be skipped or removed whole."""
+"""The residual networks for 32x32 images: the reference for blocks that can be skipped or removed whole."""
 
 from torch import Tensor, nn
 
-_WIDTHS = (24, 48, 96)
-_BLOCKS_PER_STAGE = 3
+from ..errors import RequestError
 
 
 class BasicBlock(nn.Module):
@@ -27,25 +26,33 @@ class BasicBlock(nn.Module):
         return self.relu(branch + self.shortcut(x))
 
 
-def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    blocks = [BasicBlock(channels_in, channels_out, stride)]
-    blocks += [BasicBlock(channels_out, channels_out, 1) for _ in range(_BLOCKS_PER_STAGE - 1)]
-    return nn.Sequential(*blocks)
+def _stage(channels_in: int, channels_out: int, stride: int, blocks: int) -> nn.Sequential:
+    first = BasicBlock(channels_in, channels_out, stride)
+    return nn.Sequential(first, *(BasicBlock(channels_out, channels_out, 1) for _ in range(blocks - 1)))
 
 
-class ResNetDigits(nn.Module):
-    """ResNet-20 layout, 1.5 times as wide: (B, 1, 32, 32) float -> (B, classes) logits."""
+class ResNetCifar(nn.Module):
+    """ResNet for small images (He et al. 2016, section 4.2): (B, channels, 32, 32) float -> (B, classes) logits.
 
-    def __init__(self, classes: int = 10) -> None:
+    Three stages of (depth - 2) / 6 blocks with width, 2 width and 4 width channels. Where the shape changes, the
+    shortcut is a 1x1 convolution with batch norm (the paper's option B), not padding with zeros (its option A).
+
+    Raises RequestError for a depth that is not 6 n + 2.
+    """
+
+    def __init__(self, depth: int = 20, classes: int = 10, channels: int = 3, width: int = 16) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, _WIDTHS[0], 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(_WIDTHS[0])
+        if depth < 8 or (depth - 2) % 6:
+            raise RequestError(f"a CIFAR ResNet has 6 n + 2 layers, such as 20, 32, 56 or 110: not {depth}")
+        blocks = (depth - 2) // 6
+        self.conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
-        self.stage1 = _stage(_WIDTHS[0], _WIDTHS[0], stride=1)
-        self.stage2 = _stage(_WIDTHS[0], _WIDTHS[1], stride=2)
-        self.stage3 = _stage(_WIDTHS[1], _WIDTHS[2], stride=2)
+        self.stage1 = _stage(width, width, 1, blocks)
+        self.stage2 = _stage(width, 2 * width, 2, blocks)
+        self.stage3 = _stage(2 * width, 4 * width, 2, blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(_WIDTHS[2], classes)
+        self.classifier = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn(self.conv(x)))

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..errors import RequestError
 from .digits import TRAIN_DRAWS, Originals, digits, originals, pool
-from .models import CHECKPOINTS, ZOO, build, read_checkpoint
+from .models import CHECKPOINTS, build, read_checkpoint
 from .splits import ArrayDataset, as_float
 
 RECORD = "checkpoints.json"
@@ -128,12 +127,12 @@ def _record(name: str, entry: dict[str, Any], folder: Path) -> None:
     path = folder / RECORD
     record = json.loads(path.read_text()) if path.exists() else {}
     record[name] = entry
-    path.write_text(json.dumps({key: record[key] for key in ZOO if key in record}, indent=2) + "\n")
+    path.write_text(json.dumps({key: record[key] for key in RECIPES if key in record}, indent=2) + "\n")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dyncompress.model_zoo.train", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ZOO)}; all when none is given")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}; all when none is given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 arithmetic: faster on processors that have it")
     parser.add_argument("--threads", type=int, default=None, help="processor threads (default: torch's choice)")
@@ -148,14 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        for name in args.names:
-            build(name)
-    except RequestError as error:
-        print(error, file=sys.stderr)
+    unknown = [name for name in args.names if name not in RECIPES]
+    if unknown:
+        print(f"there is no recipe to train {unknown[0]!r}: use {', '.join(RECIPES)}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.names or ZOO:
+    for name in args.names or RECIPES:
         entry = _make(name, args)
         _record(name, entry, args.out)
         print(f"{name}: test accuracy {entry['test_accuracy']:.2%} after {entry['seconds']} s", file=sys.stderr)

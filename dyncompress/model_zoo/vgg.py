@@ -11,13 +11,12 @@ def _conv_bn_relu(channels_in: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), nn.ReLU())
 
 
-class VGGDigits(nn.Module):
-    """VGG-style classifier: (B, 1, 32, 32) float -> (B, classes) logits. 112 M MACs per image, 1.3 M parameters."""
+class VGG(nn.Module):
+    """VGG-style classifier, 112 M MACs an image: (B, channels, 32, 32) float -> (B, classes) logits."""
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, classes: int = 10, channels: int = 1) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        channels = 1
         for width in _LAYOUT:
             if isinstance(width, str):
                 layers.append(nn.MaxPool2d(2))

@@ -1,11 +1,12 @@
-"""A small vision transformer written out by hand: the reference for heads, head dims and pre-norm residual blocks.
+"""A small vision transformer: the reference for heads, head dims and pre-norm residual blocks.
 
-Shape letters: B batch, N tokens (64 patches + the class token), D model width, H heads, K head dim.
+Shape letters: B batch, N tokens (64 patches + the class token), D model width.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from .transformer import EncoderBlock
 
 _IMAGE_SIZE = 32
 _PATCH = 4
@@ -13,39 +14,6 @@ _WIDTH = 96
 _DEPTH = 6
 _HEADS = 4
 _HIDDEN = 192
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused q|k|v projection: (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.head_dim = width // heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        batch, tokens, _ = x_BND.shape
-        split = (batch, tokens, self.heads, self.head_dim)
-        q_BHNK, k_BHNK, v_BHNK = (part.view(split).transpose(1, 2) for part in self.qkv(x_BND).chunk(3, dim=-1))
-        y_BHNK = F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK)
-        return self.proj(y_BHNK.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
-
-
-class EncoderBlock(nn.Module):
-    """Pre-norm attention and MLP, each with its residual connection: (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.attention(self.norm1(x_BND))
-        return x_BND + self.mlp(self.norm2(x_BND))
 
 
 class ViTDigits(nn.Module):
