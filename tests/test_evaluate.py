@@ -3,13 +3,16 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from dyncompress.compress import evaluate as module
-from dyncompress.compress.evaluate import collect_logits, evaluate, latency_inputs, logits_of, measure_latency
+from dyncompress.compress.evaluate import collect_logits, evaluate, latency_inputs, measure_latency
+from dyncompress.compress.losses import cross_entropy, logits_of
 from dyncompress.compress.recalibrate import recalibrate_batchnorm
 from dyncompress.errors import RequestError
 from dyncompress.passes.capture import capture
@@ -175,3 +178,76 @@ def test_batchnorm_statistics_are_the_plain_average_over_batches() -> None:
 
 def test_a_model_without_batchnorm_is_left_alone() -> None:
     recalibrate_batchnorm(nn.Linear(8, 4), samples(0))
+
+
+# --- labels per position ---------------------------------------------------------------------------------------------
+
+
+class Tokens(Dataset):
+    """(ids (5,), next ids (5,)), some of the latter -100."""
+
+    def __init__(self, count: int = 9) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(0, 7, (count, 5), generator=generator)
+        self.labels = torch.randint(0, 7, (count, 5), generator=generator)
+        self.labels[:4, 2:] = -100
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.ids[index], self.labels[index]
+
+
+def per_token() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(7, 12), nn.Linear(12, 7))
+
+
+def test_perplexity_and_accuracy_per_position_are_scikit_learns() -> None:
+    model, data = per_token(), Tokens()
+    result = evaluate(model, data, batch_size=4)
+    known = data.labels != -100
+    labels, probabilities = data.labels[known].numpy(), model(data.ids)[known].double().softmax(-1).detach().numpy()
+    assert result.perplexity == pytest.approx(np.exp(log_loss(labels, probabilities, labels=range(7))))
+    assert result.accuracy == pytest.approx(accuracy_score(labels, probabilities.argmax(1)))
+    assert result.samples == 9
+
+
+def test_the_loss_per_position_is_a_mean_over_what_counts() -> None:
+    model, data = per_token(), Tokens()
+    logits = model(data.ids)
+    known = [(i, t) for i in range(9) for t in range(5) if data.labels[i, t] != -100]
+    by_hand = sum(-logits[i, t].log_softmax(-1)[data.labels[i, t]] for i, t in known) / len(known)
+    torch.testing.assert_close(cross_entropy(logits, data.labels), by_hand)
+    torch.testing.assert_close(
+        cross_entropy({"logits": logits[:, 0]}, data.labels[:, 0]),
+        nn.CrossEntropyLoss()(logits[:, 0], data.labels[:, 0]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "message"),
+    [
+        ((2, 3, 4), torch.zeros(2, dtype=torch.long), r"per position, of logits .2, 3, 4.; got .* of shape .2,."),
+        ((2, 4), torch.zeros(2, 3, dtype=torch.long), r"of shape .2, 3."),
+        ((2, 4), torch.zeros(2), "float32"),
+        ((2, 3, 4), torch.full((2, 3), 4), "label 4, but the model puts out 4 classes"),
+        ((2, 3, 4), torch.full((2, 3), -1), "label -1"),
+        ((2, 3, 4), torch.full((2, 3), -100), "every label of a batch is -100"),
+    ],
+)  # fmt: skip
+def test_labels_that_do_not_fit(shape: tuple[int, ...], labels: Tensor, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        cross_entropy(torch.zeros(shape), labels)
+
+
+def test_evaluation_refuses_labels_that_do_not_fit() -> None:
+    class Fixed(Tokens):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            return self.ids[index], torch.full((5,), self.label) if self.label else torch.tensor(0)
+
+    data = Fixed()
+    for data.label, message in {7: "label 7", -100: "counts for nothing", 0: "per position, of logits"}.items():
+        with pytest.raises(RequestError, match=message):
+            evaluate(per_token(), data)

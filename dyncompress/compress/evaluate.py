@@ -1,4 +1,4 @@
-"""What a model does on data: accuracy, MACs, who answered, and wall-clock time, for static and dynamic models alike."""
+"""What a model does on data: accuracy, perplexity, MACs, who answered and wall-clock time, static and dynamic alike."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.data import Subset
 
@@ -16,6 +17,7 @@ from ..errors import RequestError
 from ..passes.cost import count_macs
 from ..runtime.dynamic import DynamicModel
 from .batches import LabelledData, call, device_of_model, in_order, placed, size_of
+from .losses import IGNORED, check_labels, logits_of
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,18 @@ class ExitUse:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """accuracy: 0..1. mean_macs: per sample, None for a module that was not captured. exits: none in a static model."""
+    """What a model reached on a data set.
+
+    accuracy: 0..1, over samples, or over all positions where every sample has several. mean_macs: per sample, None for
+    a module that was not captured. exits: none in a static model. perplexity: exp of the mean cross-entropy over all
+    positions; None where the labels are per sample. What is labelled -100 counts for nothing.
+    """
 
     samples: int
     accuracy: float
     mean_macs: float | None
     exits: tuple[ExitUse, ...] = ()
+    perplexity: float | None = None
 
 
 def evaluate(
@@ -48,43 +56,64 @@ def evaluate(
     """Runs the whole data set through a dynamic model's `predict`, or through a static model's forward.
 
     Args:
-        data: map-style, of (inputs, int label).
+        data: map-style, of (inputs, int label) or of (inputs, labels (T,)) for logits per position.
         device: None = where the model is; it returns there.
 
     Raises:
-        RequestError: no data, or an output without (B, classes) logits.
+        RequestError: no data, or an output without (B, classes) or (B, T, classes) logits that fit the labels.
     """
-    if isinstance(model, DynamicModel):
-        return _evaluate_dynamic(model, data, batch_size, device)
-    (logits,), labels = collect_logits(model, data, batch_size, device)
-    accuracy = float((logits.argmax(-1) == labels).double().mean())
-    macs = float(count_macs(model)) if isinstance(model, fx.GraphModule) and "inputs" in model.meta else None
-    return Evaluation(len(labels), accuracy, macs)
-
-
-def _evaluate_dynamic(
-    model: DynamicModel, data: LabelledData, batch_size: int, device: torch.device | str | None
-) -> Evaluation:
     size_of(data, "evaluation")
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    sums: list[Tensor] = []
+    used: list[Tensor] = []
     with _ready(model, device) as where:
         for inputs, labels in in_order(data, batch_size, where):
-            out = call(model.predict, inputs)
-            parts.append(((out.logits.argmax(-1) == labels).cpu(), out.exit_index.cpu(), out.macs.cpu()))
-    right, index, macs = (torch.cat(column).double() for column in zip(*parts, strict=True))
+            if isinstance(model, DynamicModel):
+                out = call(model.predict, inputs)
+                used.append(torch.stack((out.exit_index.cpu(), out.macs.cpu()), dim=1).double())
+                sums.append(_sums(out.logits, labels).cpu())
+            else:
+                sums.append(_sums(logits_of(call(model, inputs)), labels).cpu())
+    right, counted, loss = torch.cat(sums).unbind(1)
+    total = counted.sum()
+    if not total:
+        raise RequestError(f"every label of the evaluation data is {IGNORED}, which counts for nothing")
+    exits: tuple[ExitUse, ...] = ()
+    macs = float(count_macs(model)) if isinstance(model, fx.GraphModule) and "inputs" in model.meta else None
+    if isinstance(model, DynamicModel):
+        exits = _exit_uses(model, torch.cat(used), right, counted)
+        macs = float(torch.cat(used)[:, 1].mean())
+    perplexity = float((loss.sum() / total).exp()) if labels.dim() > 1 else None
+    return Evaluation(len(right), float(right.sum() / total), macs, exits, perplexity)
+
+
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per sample (B, 3) float64: right answers, labels that count and, for labels per position, their cross-entropy."""
+    if labels.dim() > 1 or logits.dim() > 2:
+        check_labels(labels, logits)
+    counted = labels != IGNORED
+    right = (logits.argmax(-1) == labels) & counted
+    loss = torch.zeros_like(labels, dtype=torch.float64)
+    if labels.dim() > 1:
+        loss[counted] = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none").double()
+    return torch.stack([column.double().view(len(labels), -1).sum(1) for column in (right, counted, loss)], dim=1)
+
+
+def _exit_uses(model: DynamicModel, used: Tensor, right: Tensor, counted: Tensor) -> tuple[ExitUse, ...]:
+    """used: (N, 2), the exit and the MACs of every sample."""
+    index, macs = used.unbind(1)
     uses = []
     for k, (at, cost) in enumerate(zip([*model.exits, "output"], model.exit_macs, strict=True)):
         here = index == k
-        used = bool(here.any())
+        positions = float(counted[here].sum())
         uses.append(
             ExitUse(
                 at=at,
-                macs=int(macs[here][0]) if used else cost,  # heads that are off cost nothing
+                macs=int(macs[here][0]) if bool(here.any()) else cost,  # heads that are off cost nothing
                 share=float(here.double().mean()),
-                accuracy=float(right[here].mean()) if used else None,
+                accuracy=float(right[here].sum()) / positions if positions else None,
             )
         )
-    return Evaluation(len(right), float(right.mean()), float(macs.mean()), tuple(uses))
+    return tuple(uses)
 
 
 def collect_logits(
@@ -115,26 +144,6 @@ def _ready(model: nn.Module, device: torch.device | str | None) -> Iterator[torc
     with placed(model, where), torch.no_grad():
         model.eval()
         yield where
-
-
-def logits_of(output: Any) -> Tensor:
-    """The (B, classes) logits in a model's output: it itself, what it calls `logits`, or its only such tensor.
-
-    Raises:
-        RequestError: there is none, or not just one.
-    """
-    if isinstance(output, Tensor):
-        return output
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(named, Tensor):
-        return named
-    found = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.dim() == 2 and t.is_floating_point()]
-    if len(found) != 1:
-        raise RequestError(
-            f"the model's output holds {len(found)} tensors of shape (batch, classes), one is needed: "
-            "return the logits alone or under the name `logits`"
-        )
-    return found[0]
 
 
 # --- wall clock ------------------------------------------------------------------------------------------------------

@@ -1,34 +1,64 @@
-"""The classification loss, with labels checked in the user's words."""
+"""The classification loss, per sample or per position, with outputs and labels checked in the user's words."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from ..errors import RequestError
-from .evaluate import logits_of
+
+IGNORED = -100  # the label of a position that counts for nothing, as in torch's own losses
 
 
 def cross_entropy(output: Any, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of a model's output, (B, classes) logits, and labels (B,) int64.
+    """Mean cross-entropy of a model's output and int64 labels, over all that are not -100.
+
+    (B, classes) logits take labels (B,); logits per position, (B, T, classes), take labels (B, T).
 
     Raises:
-        RequestError: a label is not one of 0..classes-1, or the labels are no class numbers.
+        RequestError: a label is not one of 0..classes-1, all are -100, or they are no class numbers or do not fit the
+            logits' shape.
     """
     logits = logits_of(output)
-    check_labels(labels, logits.shape[-1])
-    return F.cross_entropy(logits, labels)
+    check_labels(labels, logits)
+    if bool((labels == IGNORED).all()):
+        raise RequestError(f"every label of a batch is {IGNORED}, which counts for nothing: leave such samples out")
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raises RequestError for labels (B,) that are not whole numbers in 0..classes-1."""
-    if labels.dim() != 1 or labels.is_floating_point():
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Raises RequestError for labels that are not one whole number, -100 or 0..classes-1, per row of the logits."""
+    if labels.shape != logits.shape[:-1] or labels.is_floating_point():
         raise RequestError(
-            f"labels must be one class number per sample; got {labels.dtype} of shape {tuple(labels.shape)}"
+            f"labels must be one class number per sample, or per position, of logits {tuple(logits.shape)}; got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}"
         )
-    low, high = (int(v) for v in labels.aminmax())
-    if low < 0 or high >= classes:
+    known = labels.where(labels != IGNORED, 0)
+    low, high = (int(v) for v in known.aminmax())
+    if low < 0 or high >= logits.shape[-1]:
         raise RequestError(
-            f"the data holds label {low if low < 0 else high}, but the model puts out {classes} classes: "
-            f"labels must be 0..{classes - 1}"
+            f"the data holds label {low if low < 0 else high}, but the model puts out {logits.shape[-1]} classes: "
+            f"labels must be 0..{logits.shape[-1] - 1}"
         )
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: it itself, what it calls `logits`, or its only (B, classes) tensor.
+
+    Raises:
+        RequestError: there is none, or not just one.
+    """
+    if isinstance(output, Tensor):
+        return output
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    found = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.dim() == 2 and t.is_floating_point()]
+    if len(found) != 1:
+        raise RequestError(
+            f"the model's output holds {len(found)} tensors of shape (batch, classes), one is needed: "
+            "return the logits alone or under the name `logits`"
+        )
+    return found[0]
