@@ -58,13 +58,9 @@ def test_an_unknown_source_lists_the_known_ones(source: str) -> None:
     assert "npz:FILE" in refusal(source)
 
 
-@pytest.mark.parametrize("source", ["npz", "npz:", "imagefolder:", "hf:"])
+@pytest.mark.parametrize("source", ["npz", "npz:", "imagefolder:", "text:", "hf:"])
 def test_a_source_without_a_path_is_refused(source: str) -> None:
     assert "names no file or folder" in refusal(source)
-
-
-def test_text_is_refused_with_a_way_out() -> None:
-    assert "npz:FILE" in refusal("text:corpus")
 
 
 # --- npz ------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""Labelled data by name: `digits`, `npz:FILE`, `imagefolder:DIR`, `hf:NAME_OR_DIR`, `package.module:factory`."""
+"""Labelled data by name, such as `digits`, `npz:FILE` or `text:DIR`; `options.SOURCES` lists all."""
 
 import re
 from collections.abc import Callable
 from dataclasses import replace
 
 from ..errors import RequestError
+from .cifar import load_cifar10
 from .digits import digits
 from .factory import load_factory
 from .hub import load_hub
@@ -12,6 +13,7 @@ from .imagefolder import load_imagefolder
 from .npz import load_npz
 from .options import SOURCES
 from .splits import ArrayDataset, Splits
+from .text import load_text
 
 __all__ = ["ArrayDataset", "Splits", "load_data"]
 
@@ -19,6 +21,8 @@ _LOADERS: dict[str, Callable[[str, int], Splits]] = {
     "npz": load_npz,
     "imagefolder": load_imagefolder,
     "hf": load_hub,
+    "text": load_text,
+    "cifar10": load_cifar10,
 }
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -31,9 +35,7 @@ def load_data(source: str, seed: int = 0) -> Splits:
     """
     if source == "digits":
         return digits(seed)
-    scheme, colon, rest = source.partition(":")
-    if scheme == "text" and colon:
-        raise RequestError(f"{source}: text is not read yet: store token ids and labels in a file and use npz:FILE")
+    scheme, _, rest = source.partition(":")
     if scheme in _LOADERS:
         if not rest:
             raise RequestError(f"{source!r} names no file or folder: write {scheme}:PATH")

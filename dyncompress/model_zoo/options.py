@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..errors import RequestError
 
-SOURCES = "digits, npz:FILE, imagefolder:DIR, hf:NAME_OR_DIR or package.module:factory"
+SOURCES = "digits, npz:FILE, imagefolder:DIR, text:DIR, cifar10:DIR, hf:NAME_OR_DIR or package.module:factory"
 
 
 def split_options(text: str, allowed: tuple[str, ...]) -> tuple[str, dict[str, str]]:

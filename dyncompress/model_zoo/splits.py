@@ -27,8 +27,10 @@ _GOLDEN = (5**0.5 - 1) / 2
 class Splits:
     """A data source, ready to use. Every split is a map-style Dataset of (input tensor, int label).
 
+    Readers have two inputs; language models and readers a tensor of labels, one per position (`text` says which).
     train fits weights, calibration chooses thresholds and temperatures, test is only ever reported on.
     classes: number of classes; labels are 0..classes-1. name: the SOURCE it was made from.
+    vocabulary: the words that token ids stand for, by id; class_names: the labels by number; () where there are none.
     """
 
     train: Dataset[Any]
@@ -36,6 +38,8 @@ class Splits:
     test: Dataset[Any]
     classes: int
     name: str
+    vocabulary: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     def items(self) -> list[tuple[str, Dataset[Any]]]:
         """The three splits with their names, in the order train, calibration, test."""
