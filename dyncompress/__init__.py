@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .compress.evaluate import evaluate
     from .compress.prune import prune
     from .compress.recalibrate import recalibrate_batchnorm
+    from .compress.sparsify import sparsify
     from .compress.stream_prune import prune_checkpoint
     from .errors import DynCompressError, RequestError
     from .model_zoo.data import load_data
@@ -37,6 +38,7 @@ _HOMES = {
     "compress.prune": ("prune",),
     "compress.stream_prune": ("prune_checkpoint",),
     "compress.recalibrate": ("recalibrate_batchnorm",),
+    "compress.sparsify": ("sparsify",),
     "runtime.checkpoint": ("load", "read_info", "save"),
     "runtime.dynamic": ("DynamicModel", "Prediction"),
     "runtime.onnx_export": ("export_onnx",),
@@ -76,6 +78,7 @@ __all__ = [
     "save",
     "shrink",
     "shrink_checkpoint",
+    "sparsify",
     "verify",
 ]
 

@@ -86,8 +86,11 @@ class GroupLasso:
         return (self._weights * self._norms(whole)).sum()
 
     @torch.no_grad()
-    def proximal_(self, step: float) -> None:
-        """Shrinks every group by `step` = learning rate * lambda, in place, after a step of any optimiser."""
+    def proximal_(self, step: float) -> Tensor:
+        """Shrinks every group by `step` = learning rate * lambda, in place, after a step of any optimiser.
+
+        Returns which groups it made zero, (groups,) bool.
+        """
         threshold = step * self._weights
         norms = self._norms(self._squares()).clamp(min=_TINY)
         factors = (1 - threshold / norms).clamp_(min=0).masked_fill_(self._held, 0)
@@ -96,6 +99,7 @@ class GroupLasso:
             view = parameter.view(same[0].view)
             for link in same:  # one pass over the parameter each: their product would be as large as it
                 view.mul_(next(along).view([size if dim in link.dims else 1 for dim, size in enumerate(link.view)]))
+        return factors[:-1] == 0
 
     def hold(self, zero: Tensor, spared: Tensor) -> None:
         """From now on the groups in `zero`, (groups,) bool, stay zero, and those in `spared` are not shrunk."""

@@ -2,7 +2,8 @@
 
 import os
 import pickle
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class Settings:
     seed: int
     samples: int
     processes: int
+    method: Mapping[str, Any] = field(default_factory=dict)  # what else, by name
 
 
 class RunStore:
@@ -45,11 +47,11 @@ class RunStore:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise RequestError(f"{path} cannot be read as a saved run: remove it to start anew") from error
-        before, now = state["settings"], asdict(self.settings)
-        for name, value in now.items():
-            if before[name] != value:
+        before, now = (_flat(settings) for settings in (state["settings"], asdict(self.settings)))
+        for name in now | before:
+            if before.get(name) != now.get(name):
                 raise RequestError(
-                    f"the run in {self.folder} has {name} = {before[name]}, not {value}: "
+                    f"the run in {self.folder} has {name} = {before.get(name)}, not {now.get(name)}: "
                     "continue it with its own settings, or use another run_dir"
                 )
         return state
@@ -69,3 +71,7 @@ class RunStore:
         if self.folder is None:
             return f"{where}; nothing was saved (give a run_dir to be able to resume)"
         return f"{where}; continue with resume and run_dir {self.folder}"
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, **settings["method"], "method": None}

@@ -2,7 +2,7 @@
 
 The random numbers and the data order of an epoch are functions of (seed, epoch, process) alone. So the state at the end
 of an epoch is the weights, the optimiser, the loss's own state and the epoch's number, and an interrupted run continues
-as if nothing had happened.
+as if nothing had happened. A surgeon may change the model's shape between epochs.
 """
 
 import math
@@ -10,7 +10,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +27,13 @@ from tqdm import tqdm
 from ..errors import DynCompressError, RequestError
 from .batches import LabelledData, call, placed, size_of, to_device, unpack
 from .run_store import RunStore, Settings
+from .surgery import Surgery, carry_over
 
 _WARM_UP = 0.1  # of all steps
 _CLIP_NORM = 5.0
 
 LossFunction = Callable[[Any, Tensor], Tensor]  # (the model's output, labels (B,)) -> scalar
+Optimizer = Callable[..., torch.optim.Optimizer]  # (parameters or groups, lr=...) -> an optimiser
 
 
 @runtime_checkable
@@ -41,6 +43,30 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class Surgeon(Protocol):
+    """Acts after every step, and may replace the model by a smaller one after an epoch; saved and resumed with the run.
+
+    request: what must be the same for a run to continue. progress: what the progress bar shows beside the loss.
+    """
+
+    request: Mapping[str, Any]
+    progress: Mapping[str, str]
+
+    def begin(self, lrs: Sequence[float]) -> None:
+        """Before the first step of a new run, with the learning rate of every step."""
+
+    def after_step(self, step: int) -> None:
+        """After the optimiser's step of this number, from 0."""
+
+    def operate(self, epoch: int) -> Surgery | None:
+        """After the epoch of this number, from 1; the model to go on with, if it changes."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Iterator[Surgery]:
+        """Takes up a saved run, beginning with the model given: makes its surgeries again, whatever the weights."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +91,15 @@ def fit(
     parameters: Iterable[Any] | None = None,
     keep_eval: Iterable[nn.Module] = (),
     after_step: Callable[[int], None] | None = None,
+    optimizer: Optimizer = torch.optim.AdamW,
+    surgeon: Surgeon | None = None,
     mixed_precision: str | None = None,
     device: torch.device | str | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> list[Epoch]:
-    """Trains `model` in place with AdamW, a linear warm-up over a tenth of the steps and a cosine to zero.
+    """Trains `model` in place, with a linear warm-up over a tenth of the steps and a cosine to zero.
 
     Gradients are clipped to norm 5. The model returns to the device and the modes it came with. Batches are whole: the
     samples left over differ from epoch to epoch. Under `accelerate launch` every process takes its own batches.
@@ -84,6 +112,8 @@ def fit(
             require gradients.
         keep_eval: modules that stay in eval mode, such as a frozen trunk with its BatchNorm and dropout.
         after_step: called after every optimiser step with its number from 0.
+        optimizer: makes one of parameters and lr, such as `partial(torch.optim.SGD, momentum=0.9)`.
+        surgeon: acts after every step; the model that it puts in place of `model` is its own to hand on.
         mixed_precision: "no", "fp16" or "bf16"; None = what accelerate is configured to.
         device: None = what accelerate chooses.
         run_dir: where the state is saved after every epoch, in `training.pt`.
@@ -103,11 +133,12 @@ def fit(
     accelerator = _accelerator(mixed_precision)
     samples = size_of(dataset, "training")
     batch_size = max(1, min(batch_size, samples // accelerator.num_processes))
-    settings = Settings(epochs, lr, batch_size, seed, samples, accelerator.num_processes)
+    request = dict(surgeon.request) if surgeon is not None else {}
+    settings = Settings(epochs, lr, batch_size, seed, samples, accelerator.num_processes, request)
     groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
     store = RunStore(Path(run_dir) if run_dir is not None else None, settings, resume)
-    run = _Run(model, loss_fn, dataset, settings, accelerator, torch.device(device or accelerator.device))
-    with placed(model, run.device), _own_random_numbers(run.device), run.prepared(groups):
+    run = _Run(model, loss_fn, dataset, settings, accelerator, torch.device(device or accelerator.device), surgeon)
+    with placed(model, run.device), _own_random_numbers(run.device), run.prepared(groups, optimizer):
         return run.train(store, list(keep_eval), after_step, progress and accelerator.is_local_main_process)
 
 
@@ -122,7 +153,9 @@ class _Run:
         settings: Settings,
         accelerator: Accelerator,
         device: torch.device,
+        surgeon: Surgeon | None,
     ) -> None:
+        self.surgeon = surgeon
         self.model, self.loss_fn, self.settings = model, loss_fn, settings
         self.accelerator, self.device = accelerator, device
         self.batches = _Shuffled(settings, accelerator.process_index)
@@ -130,18 +163,28 @@ class _Run:
         self.steps = settings.epochs * len(self.batches)
 
     @contextmanager
-    def prepared(self, groups: list[Any]) -> Iterator[None]:
+    def prepared(self, groups: list[Any], make: Optimizer) -> Iterator[None]:
         """A fresh optimiser, and the model wrapped for precision and processes until the end."""
         if not groups:
             raise RequestError("there is nothing to train: no parameter requires gradients")
-        optimizer = torch.optim.AdamW(groups, lr=self.settings.lr)
-        self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.wrapped = self.accelerator.prepare_model(_Shell(self.model), device_placement=False)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
+        self.bare_optimizer = make(groups, lr=self.settings.lr)
+        self.peaks = [group["lr"] for group in self.bare_optimizer.param_groups]
+        self._wrap()
         try:
             yield
         finally:
             self.accelerator.free_memory()
+
+    def _wrap(self) -> None:
+        self.wrapped = self.accelerator.prepare_model(_Shell(self.model), device_placement=False)
+        self.optimizer = self.accelerator.prepare_optimizer(self.bare_optimizer, device_placement=False)
+
+    def _adopt(self, surgery: Surgery) -> None:
+        """Goes on with a smaller model and with what the optimiser knows of it."""
+        self.accelerator.free_memory()  # the old model and its wrappers
+        carry_over(self.bare_optimizer, self.model, surgery)
+        self.model = surgery.model
+        self._wrap()
 
     def train(
         self,
@@ -153,6 +196,8 @@ class _Run:
         """All epochs that are not done yet; the history of all."""
         history = self._restored(store)
         done = len(history)
+        if self.surgeon is not None and not done:
+            self.surgeon.begin([self.settings.lr * _schedule(step, self.steps) for step in range(self.steps)])
         bar = tqdm(
             total=self.steps, initial=done * len(self.batches), unit="step", file=sys.stderr, disable=not progress
         )
@@ -164,6 +209,9 @@ class _Run:
                 for epoch in range(done, self.settings.epochs):
                     bar.set_description(f"epoch {epoch + 1}/{self.settings.epochs}")
                     history.append(self._epoch(epoch, after_step, bar))
+                    surgery = self.surgeon.operate(epoch + 1) if self.surgeon is not None else None
+                    if surgery is not None:
+                        self._adopt(surgery)
                     self.accelerator.wait_for_everyone()
                     if self.accelerator.is_main_process:
                         store.save(self._state(history))
@@ -178,8 +226,11 @@ class _Run:
         for step, batch in enumerate(self.loader, start=epoch * len(self.batches)):
             loss = self._step(step, batch)
             total += loss
+            if self.surgeon is not None:
+                self.surgeon.after_step(step)
             bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            shown = self.surgeon.progress if self.surgeon is not None else {}
+            bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
             if after_step is not None:
                 after_step(step)
         mean = torch.tensor(total / len(self.batches), device=self.accelerator.device)
@@ -214,6 +265,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "loss": self.loss_fn.state_dict() if isinstance(self.loss_fn, Stateful) else {},
+            "surgeon": self.surgeon.state_dict() if self.surgeon is not None else {},
             "history": [asdict(epoch) for epoch in history],
         }
 
@@ -221,6 +273,8 @@ class _Run:
         state = store.saved
         if state is None:
             return []
+        for surgery in self.surgeon.load_state_dict(state["surgeon"]) if self.surgeon is not None else ():
+            self._adopt(surgery)
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

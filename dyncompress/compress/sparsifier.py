@@ -1,0 +1,270 @@
+"""What group lasso does in the training loop: shrinks groups after every step, takes out what is zero between epochs.
+
+At a *check*, some fifty times while sparsifying, groups that are zero are held there, and the strongest indices of
+every axis, its floor, are spared. With a target, lambda is set anew, or to zero once the target is reached; close to
+it, every step that makes a group zero is followed by a check.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, fx
+
+from ..errors import RequestError
+from ..passes.axes import Axes, as_keep, infer_axes
+from ..passes.shrink import shrink_axes
+from .budget import COUNTS, measure
+from .group_lasso import GroupLasso
+from .groups import check_kinds
+from .kept import Kept
+from .ranking import Limits
+from .strength import horizon, keep_without, spared, weakest
+from .surgery import Surgery, operate
+from .trainer import LossFunction
+
+_CHECKS = 50  # while sparsifying
+_NEAR = 0.1  # share of the first model above the target
+_LAMBDAS = 2  # lambda is set at every second of them: finding it counts the model about ten times
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """How to sparsify.
+
+    metric: "macs" or "params". target: the share of it that stays; or None, with `strength`, lambda, or
+    `penalty_ratio`, the penalty's share of the first loss. epochs: of sparsifying; finetune: of training after them.
+    """
+
+    metric: str
+    target: float | None
+    strength: float | None
+    penalty_ratio: float | None
+    epochs: int
+    finetune: int
+    shrink_every: int
+    kinds: tuple[str, ...]
+    limits: Limits
+    ema: float | None
+
+    def __post_init__(self) -> None:
+        check_kinds(self.kinds)
+        for name, value in {"strength": self.strength, "penalty_ratio": self.penalty_ratio}.items():
+            if value is not None and not value > 0:
+                raise RequestError(f"{name} is {value}: give a positive number")
+        for name, count, least in (("epochs", self.epochs, 1), ("finetune", self.finetune, 0)):
+            if count < least:
+                raise RequestError(f"{name} is a number of epochs, {least} or more; got {count}")
+        if self.shrink_every < 1:
+            raise RequestError(f"shrink_every is a number of epochs, 1 or more; got {self.shrink_every}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise RequestError(f"ema is the decay of an average, between 0 and 1; got {self.ema}")
+
+
+class Sparsifier:
+    """The trainer's surgeon, and the loss that it watches. `model` is the model as it is now, `strength` its lambda.
+
+    Raises:
+        RequestError: no groups of these kinds, a target out of reach, a norm that cannot keep its count.
+    """
+
+    def __init__(self, gm: fx.GraphModule, request: Request, loss_fn: LossFunction) -> None:
+        self.asked, self._loss_fn = request, loss_fn
+        self.request: Mapping[str, Any] = asdict(request) | {
+            "kinds": list(request.kinds),
+            "limits": str(request.limits),
+        }
+        self.progress: Mapping[str, str] = {}
+        self.strength = request.strength or 0.0
+        self.learned: float | None = None  # the share that was left before the weakest were cut; None: nothing was cut
+        self.surgeries: list[dict[str, Any]] = []
+        self._reached = self._near = False
+        self._first_loss: Tensor | None = None
+        axes = infer_axes(gm)
+        self.kept = Kept(axes)
+        self._sizes = {axis.name: axis.size for axis in axes}
+        self._amount = max(COUNTS[request.metric](gm), 1)
+        self._take(gm)
+        self._check_request()
+
+    def loss(self, output: Any, labels: Tensor) -> Tensor:
+        """The user's loss; the first value is remembered."""
+        value = self._loss_fn(output, labels)
+        if self._first_loss is None:
+            self._first_loss = value.detach()
+        return value
+
+    # --- what the trainer calls ---------------------------------------------------------------------------------------
+
+    def begin(self, lrs: Sequence[float]) -> None:
+        """Before the first step, the model now on its device."""
+        self._steps = len(lrs) * self.asked.epochs // (self.asked.epochs + self.asked.finetune)
+        self._lrs, self._every = list(lrs[: self._steps]), max(1, self._steps // _CHECKS)
+        self._take(self.model)
+        self.average = {n: p.detach().clone() for n, p in self.model.named_parameters() if self.asked.ema is not None}
+        self._check(0)
+
+    def after_step(self, step: int) -> None:
+        """The proximal step, and a check where one is due."""
+        if step == 0 and self.asked.penalty_ratio is not None:
+            self.strength = self._from_ratio(self.asked.penalty_ratio)
+        if step < self._steps:
+            zero = self.lasso.proximal_(self._lrs[step] * self.strength)
+            due = (step + 1) % self._every == 0 or (self._near and int(zero.sum()) > int(self._zero.sum()))
+            if due and not self._reached:
+                self._check(step + 1)
+        if self.asked.ema is not None:
+            now = dict(self.model.named_parameters())
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.values()), [now[n] for n in self.average], 1 - self.asked.ema)
+
+    def operate(self, epoch: int) -> Surgery | None:
+        """Takes out what is zero, if it is time; what is still too much after the last sparsifying epoch is cut."""
+        last, zero = epoch == self.asked.epochs, ~self.lasso.live
+        due = last or self._reached or epoch % self.asked.shrink_every == 0
+        if epoch > self.asked.epochs or not due:
+            return None
+        left = self._left(zero)
+        if last and self.asked.target is not None and left > self.asked.target:
+            self.learned, zero = left, zero | self._weakest(self.asked.target)
+        keep = keep_without(self._axes, self.lasso, zero)
+        if not keep:
+            return None
+        surgery = operate(self.model, keep)
+        live = {"live": int((~zero).sum()), "groups": len(zero)}
+        left = self._left(zero)
+        note = {"epoch": epoch, **live, "left": left, "strength": self.strength, "difference": surgery.difference}
+        self.surgeries.append(note | {"keep": keep})
+        self._follow(surgery)
+        return surgery
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights."""
+        return {
+            "surgeries": self.surgeries,
+            "strength": self.strength,
+            "reached": self._reached,
+            "near": self._near,
+            "learned": self.learned,
+            "zero": self._zero,
+            "spared": self._spared,
+            "average": self.average,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> Iterator[Surgery]:
+        """Makes the surgeries of a saved run again."""
+        for note in state["surgeries"]:
+            surgery = operate(self.model, note["keep"], check=False)
+            self._follow(surgery)
+            yield surgery
+        self.surgeries, self.strength, self.learned = state["surgeries"], state["strength"], state["learned"]
+        self._reached, self._near = state["reached"], state["near"]
+        device = self.lasso.sizes.device
+        self._hold(state["zero"].to(device), state["spared"].to(device))
+        self.average = {name: average.to(device) for name, average in state["average"].items()}
+
+    @torch.no_grad()
+    def finish(self) -> fx.GraphModule:
+        """The model after the last step, with the average of its weights where one was asked for, and the report."""
+        for name, average in self.average.items():
+            self.model.get_parameter(name).copy_(average)
+        steps = [{key: value for key, value in note.items() if key != "keep"} for note in self.surgeries]
+        report: dict[str, Any] = {
+            "metric": self.asked.metric,
+            "target": self.asked.target,
+            "kinds": list(self.asked.kinds),
+        }
+        learned = self.learned if self.learned is not None else self._share
+        report |= {"learned": learned, "left": self._share, "surgeries": steps, "kept": self.kept.table()}
+        self.model.meta["info"] = {**self.model.meta.get("info", {}), "sparsify": report}
+        return self.model
+
+    # --- the model as it is -------------------------------------------------------------------------------------------
+
+    def _take(self, gm: fx.GraphModule) -> None:
+        """Finds the groups of a model; until the next check none is held, and the strongest are spared."""
+        self.model, self._axes = gm, infer_axes(gm)
+        candidates = self.asked.limits.candidates(self._axes)
+        self.lasso = GroupLasso(self._axes, self.asked.kinds, candidates=candidates)
+        self._share = COUNTS[self.asked.metric](gm) / self._amount
+        self._measured = measure(self._axes, self.asked.metric, candidates)
+        norms = self.lasso.norms()
+        self._hold(norms == 0, spared(self._axes, self.lasso, norms, self.asked.limits, self._sizes))
+
+    def _follow(self, surgery: Surgery) -> None:
+        self.kept.cut(surgery.plan)
+        if self.asked.ema is not None:
+            self.average = surgery.plan(self.average)
+        self._take(surgery.model)
+
+    def _hold(self, zero: Tensor, spare: Tensor) -> None:
+        self._zero, self._spared = zero, spare
+        self.lasso.hold(zero, spare)
+
+    def _left(self, zero: Tensor) -> float:
+        """The share of the first model that is left without some groups."""
+        keep = as_keep(self._axes, keep_without(self._axes, self.lasso, zero))
+        return self._share * (self._measured(keep) if keep else 1.0)
+
+    def _removable(self) -> Tensor:
+        """(groups,) bool: all that may go at once, the floors left."""
+        result = torch.zeros_like(self._spared)
+        for at in self.lasso.groups.of_axis.values():
+            result[at] = True
+        return result & ~self._spared
+
+    # --- how strong ---------------------------------------------------------------------------------------------------
+
+    def _check(self, step: int) -> None:
+        norms = self.lasso.norms()
+        self._hold(norms == 0, spared(self._axes, self.lasso, norms, self.asked.limits, self._sizes))
+        left = self._left(self._zero)
+        self.progress = {"live": f"{int((~self._zero).sum())}/{len(self.lasso)}", self.asked.metric: f"{left:.3f}"}
+        if self.asked.target is None:
+            return
+        self._near = left <= self.asked.target + _NEAR
+        if left <= self.asked.target:
+            self._reached, self.strength = True, 0.0
+        elif step % (_LAMBDAS * self._every) == 0:
+            self.strength = max(self.strength, self._reach(self.asked.target) / horizon(self._lrs, step))
+
+    def _rms(self) -> Tensor:
+        return self.lasso.norms() / self.lasso.sizes.sqrt()
+
+    def _reach(self, target: float) -> float:
+        return weakest(self._rms(), self._removable(), self._left, target)
+
+    def _weakest(self, target: float) -> Tensor:
+        return self._removable() & (self._rms() <= self._reach(target))
+
+    def _from_ratio(self, ratio: float) -> float:
+        assert self._first_loss is not None
+        return ratio * float(reduce(self._first_loss, "mean")) / float(self.lasso.penalty().detach())
+
+    def _check_request(self) -> None:
+        everything = self._removable()
+        if self.asked.target is not None and not everything.any():
+            raise RequestError(
+                f"{self.asked.metric}={self.asked.target:.4g} needs groups that can be taken out: add axes or layers "
+                "to kinds, or lower floor"
+            )
+        keep = as_keep(self._axes, keep_without(self._axes, self.lasso, everything))
+        least = self._measured(keep) if keep else 1.0
+        if self.asked.target is not None and least > self.asked.target:
+            raise RequestError(
+                f"{self.asked.metric}={self.asked.target:.4g} is out of reach: with floor={self.asked.limits.floor} at "
+                f"least {least:.3f} stays; lower floor, ignore less, or add kinds"
+            )
+        _check_counts(self._axes, keep)
+
+
+def _check_counts(axes: Axes, keep: Mapping[Any, Tensor]) -> None:
+    """Whether norms can keep their counts, asked before the training rather than in its middle."""
+    try:
+        shrink_axes(axes, keep, exact=True)
+    except RequestError as error:
+        raise RequestError(
+            f"the model cannot shrink while it is trained: {error}; name its layers in ignore"
+        ) from error

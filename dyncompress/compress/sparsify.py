@@ -1,0 +1,117 @@
+"""Learned structured sparsity: group lasso drives whole groups to zero while the model is trained, and they leave it.
+
+Zeroed groups leave every few epochs and never come back; momentum, moments and learning rates of what is left go on as
+they were (PruneTrain: Lym et al., SC 2019, sections 4.1 and 4.2).
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.data import default_collate
+
+from ..errors import RequestError
+from ..passes.capture import capture
+from ..passes.copying import deep_copy
+from .batches import LabelledData, device_of_model, size_of, unpack
+from .budget import one_target
+from .groups import AXES, LAYERS
+from .losses import cross_entropy
+from .ranking import Limits
+from .recalibrate import recalibrate_batchnorm
+from .sparsifier import Request, Sparsifier
+from .trainer import LossFunction, Optimizer, fit
+
+RECALIBRATION_BATCHES = 32
+
+
+def sparsify(
+    model: nn.Module,
+    data: LabelledData,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    strength: float | None = None,
+    penalty_ratio: float | None = None,
+    epochs: int = 10,
+    finetune: int = 5,
+    shrink_every: int = 2,
+    kinds: Sequence[str] = (AXES,),
+    floor: float = 0.1,
+    ignore: Sequence[str] = (),
+    ema: float | None = None,
+    loss_fn: LossFunction = cross_entropy,
+    optimizer: Optimizer = torch.optim.AdamW,
+    lr: float = 1e-3,
+    batch_size: int = 128,
+    seed: int = 0,
+    mixed_precision: str | None = None,
+    device: torch.device | str | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> fx.GraphModule:
+    """A physically smaller copy of `model` whose structure was learned: trained with group lasso, then without.
+
+    What was done is in `result.meta["info"]["sparsify"]`: every surgery, the share that group lasso left (`learned`)
+    and that is left after what it did not reach was cut (`left`), and under "kept" the kind, size and kept indices of
+    every axis of the original.
+
+    Args:
+        model: any model `capture` takes, or an already captured one; trained or not.
+        data: map-style, of (inputs, label); labels as `loss_fn` wants them.
+        macs, params: the share of multiply-adds or parameters that stays, in (0, 1]: lambda is raised until it is
+            reached and is zero from then on. Groups still in the way after the last of `epochs` are cut, weakest first.
+        strength: instead, lambda by hand. A step takes lr * lambda off the root mean square of each group. With SGD it
+            is the factor of the penalty in the loss; Adam's steps do not grow with the loss, and call for .01 to 1.
+        penalty_ratio: instead, lambda so that the penalty is this share of the loss at the first step; PruneTrain takes
+            .2, with SGD.
+        epochs, finetune: with and without group lasso, one learning rate schedule over both.
+        shrink_every: epochs between surgeries.
+        kinds: of groups: "axes", an axis kind such as "channels", "layers" (residual branches), and others that zero
+            weights but take nothing out; see `GroupLasso`.
+        floor: least share of each axis that stays.
+        ignore: module or parameter names whose axes stay whole.
+        ema: decay of an average of the weights, such as .999, which the result then has; None = none.
+        loss_fn: (the model's output, labels) -> scalar.
+        optimizer: makes one of parameters and lr, such as `partial(torch.optim.SGD, momentum=0.9)`.
+        lr, batch_size, mixed_precision, device, run_dir, resume: see `trainer.fit`; an interrupted run resumes to the
+            same weights bit for bit.
+        progress: a progress bar with live group counts on standard error.
+
+    Raises:
+        RequestError: not exactly one of macs, params, strength and penalty_ratio, a target out of reach, unknown kinds
+            or ignored names, data missing or unfit.
+        DynCompressError: the training failed.
+    """
+    metric, target = _goal({"macs": macs, "params": params}, {"strength": strength, "penalty_ratio": penalty_ratio})
+    limits = Limits(floor, ignore=tuple(ignore), depth=LAYERS in kinds)
+    request = Request(
+        metric=metric, target=target, strength=strength, penalty_ratio=penalty_ratio, epochs=epochs, finetune=finetune,
+        shrink_every=shrink_every, kinds=tuple(kinds), limits=limits, ema=ema,
+    )  # fmt: skip
+    whole = isinstance(model, fx.GraphModule) and "inputs" in model.meta
+    gm: Any = deep_copy(model) if whole else capture(model, _examples(data))
+    work = Sparsifier(gm, request, loss_fn)
+    options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "optimizer": optimizer}
+    options |= {"mixed_precision": mixed_precision, "device": device, "run_dir": run_dir, "resume": resume}
+    fit(gm, work.loss, data, epochs=epochs + finetune, surgeon=work, progress=progress, **options)
+    small = work.finish().to(device_of_model(gm))
+    if ema is not None or (work.learned is not None and not finetune):  # their statistics are not these weights'
+        recalibrate_batchnorm(small, data, batches=RECALIBRATION_BATCHES, seed=seed)
+    return small
+
+
+def _goal(targets: dict[str, float | None], by_hand: dict[str, float | None]) -> tuple[str, float | None]:
+    """The metric that is counted, and the share of it that stays, if it is given."""
+    if sum(value is not None for value in (targets | by_hand).values()) != 1:
+        raise RequestError(f"give exactly one of {', '.join(targets | by_hand)}")
+    given = any(value is not None for value in targets.values())
+    return one_target(targets) if given else (next(iter(targets)), None)
+
+
+def _examples(data: LabelledData) -> Any:
+    size = size_of(data, "training")
+    return unpack(default_collate([data[index % size] for index in range(2)]))[0]
