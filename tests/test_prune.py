@@ -56,7 +56,7 @@ def test_targets_are_met_within_two_percent(gm: torch.fx.GraphModule, target: fl
         assert small(torch.randn(5, 3, 12, 12)).shape == (5, 10)
 
 
-@pytest.mark.parametrize("name", list(models.ZOO))
+@pytest.mark.parametrize("name", [name for name in models.ZOO if models.ZOO[name].trained])
 def test_zoo_models_lose_half_their_macs(name: str) -> None:
     model, x = models.build(name), models.example_input(name)
     gm = dc.capture(model, x)

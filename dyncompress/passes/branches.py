@@ -38,7 +38,7 @@ def find_branches(types: Typing) -> list[Branch]:
     found: list[Branch] = []
     names: set[str] = set()
     for node in types.gm.graph.nodes:
-        if node.op == "call_function" and op_name(node) == "add":
+        if node.op == "call_function" and op_name(node) == "add" and isinstance(node.meta.get("val"), Tensor):
             branch = search.at(node, names)
             if branch is not None:
                 found.append(branch)

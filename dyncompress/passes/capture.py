@@ -1,4 +1,7 @@
-"""Capture: a model becomes a torch.fx graph of ATen operators and standard modules (one path, torch.export).
+"""Capture: a model becomes a torch.fx graph of ATen operators and standard modules.
+
+It is recorded (`recording`, milliseconds), or exported where a recording cannot vouch for itself (`torch.export`,
+seconds).
 
 The batch is dynamic: the example is taken at a prime batch so that it never looks like a channel count.
 Integer inputs (token ids, masks) also get dynamic trailing dims where the model allows it.
@@ -20,7 +23,12 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RequestError
 from .lift import lift
+from .modes import untouched
+from .recording import Unrecorded
 from .recurrent import opaque_recurrent_layers
+from .varying import recorded
+
+_log = logging.getLogger(__name__)
 
 CAPTURE_BATCH = 53
 
@@ -55,9 +63,14 @@ def capture(model: nn.Module, example_inputs: Inputs) -> fx.GraphModule:
     if not isinstance(model, nn.Module):
         raise RequestError(f"expected a torch.nn.Module to capture, got {type(model).__name__}")
     args, kwargs = _rebatch(split_inputs(example_inputs))
-    with _capture_mode(model):
-        program = _export(model, args, kwargs)
-    return lift(program.module(check_guards=False), model)
+    with _capture_mode(model), untouched(model):
+        try:
+            graph, owner = recorded(model, args, kwargs, CAPTURE_BATCH), model
+        except Unrecorded as reason:
+            _log.debug("%s goes through torch.export: %s", type(model).__name__, reason)
+            owner = _export(model, args, kwargs).module(check_guards=False)
+            graph = owner.graph
+    return lift(graph, owner, model)
 
 
 def _rebatch(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -17,12 +17,32 @@ def deep_copy(model: M, memo: dict[int, Any] | None = None) -> M:
 
     torch 2.13 warns about its own leaf specification whenever a captured graph is copied; that one is silenced.
     """
+    memo = {} if memo is None else memo
+    for module in reversed(list(model.modules())):  # children first
+        if _is_plain(module):
+            memo[id(module)] = _copied(module, memo)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        copied = copy.deepcopy(model, {} if memo is None else memo)
+        copied = copy.deepcopy(model, memo)
     for path, module in model.named_modules():  # a GraphModule copies buffers without this mark
         copied.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
     return copied
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is one of torch's own layers or a bare container: numbers, tensors and dicts of what it calls."""
+    own = type(module).__module__.startswith("torch.nn.modules.")
+    return own and not any(isinstance(value, list | Tensor) for value in vars(module).values())
+
+
+def _copied(module: M, memo: dict[int, Any]) -> M:
+    """What copy.deepcopy makes of a plain module, many times faster."""
+    twin = type(module).__new__(type(module))
+    vars(twin).update({k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(module).items()})
+    twin._parameters = {name: copy.deepcopy(p, memo) for name, p in module._parameters.items()}
+    twin._modules = {name: copy.deepcopy(m, memo) for name, m in module._modules.items()}
+    twin._buffers = {name: copy.deepcopy(b, memo) for name, b in module._buffers.items()}
+    return twin
 
 
 def copy_with(model: M, tensors: Mapping[str, Tensor]) -> M:

@@ -25,20 +25,20 @@ def device_of(x: Tensor) -> torch.device:
     return x.device
 
 
-def lift(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
-    """The captured `gm` of `model` as a GraphModule of standard modules."""
-    _inline_subgraphs(gm)
-    _drop_assertions(gm.graph)
-    tensors = _copied_tensors(gm, model)
-    gm.graph.owning_module = None  # from here on its modules are those of the new root
-    lifted = _match_modules(gm.graph, model, tensors)
-    root = _build_root(model, gm.graph, lifted, tensors)
-    _lift_dropout(gm.graph, model, root)
-    _free_devices(gm.graph)
-    for node in gm.graph.nodes:
+def lift(graph: fx.Graph, owner: nn.Module, model: nn.Module) -> fx.GraphModule:
+    """The captured `graph` of `model`, whose tensors are found in `owner`, as a GraphModule of standard modules."""
+    _inline_subgraphs(graph, owner)
+    _drop_assertions(graph)
+    tensors = _copied_tensors(graph, owner, model)
+    graph.owning_module = None  # from here on its modules are those of the new root
+    lifted = _match_modules(graph, model, tensors)
+    root = _build_root(model, graph, lifted, tensors)
+    _lift_dropout(graph, model, root)
+    _free_devices(graph)
+    for node in graph.nodes:
         _concrete_meta(node)
-    gm.graph.eliminate_dead_code(_is_impure)
-    result = fx.GraphModule(root, gm.graph, class_name=type(model).__name__)
+    graph.eliminate_dead_code(_is_impure)
+    result = fx.GraphModule(root, graph, class_name=type(model).__name__)
     for path, module in result.named_modules():  # GraphModule copies tensors without this mark
         module._non_persistent_buffers_set |= root.get_submodule(path)._non_persistent_buffers_set
     result.meta["inputs"] = _input_specs(result.graph)
@@ -54,22 +54,22 @@ def _is_impure(node: fx.Node) -> bool:
 # --- 1. helper sub-graphs and assertions -------------------------------------------------------------------------
 
 
-def _inline_subgraphs(gm: fx.GraphModule) -> None:
+def _inline_subgraphs(graph: fx.Graph, owner: nn.Module) -> None:
     """Replaces wrap_with_set_grad_enabled / wrap_with_autocast calls by the body they wrap."""
-    for node in list(gm.graph.nodes):
+    for node in list(graph.nodes):
         body_at = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(getattr(node.target, "__name__", ""))
         if node.op != "call_function" or body_at is None:
             continue
-        body = getattr(gm, node.args[body_at].target)
-        _inline_subgraphs(body)
+        body = getattr(owner, node.args[body_at].target)
+        _inline_subgraphs(body.graph, body)
         env = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[body_at + 1 :], strict=True))
-        with gm.graph.inserting_before(node):
-            result = gm.graph.graph_copy(body.graph, env)
+        with graph.inserting_before(node):
+            result = graph.graph_copy(body.graph, env)
         for inner, outer in env.items():
             if isinstance(outer, fx.Node) and outer.op == "get_attr" and inner.op == "get_attr":
-                _copy_attr(body, gm, str(inner.target))
-        _replace_with_values(gm.graph, node, result)
-    gm.graph.eliminate_dead_code(_is_impure)
+                _copy_attr(body, owner, str(inner.target))
+        _replace_with_values(graph, node, result)
+    graph.eliminate_dead_code(_is_impure)
 
 
 def _copy_attr(source: nn.Module, target: nn.Module, name: str) -> None:
@@ -100,11 +100,11 @@ def _drop_assertions(graph: fx.Graph) -> None:
 # --- 2. tensors under the user's names ---------------------------------------------------------------------------
 
 
-def _copied_tensors(gm: fx.GraphModule, model: nn.Module) -> dict[int, Tensor]:
-    """id of every tensor of the model or the graph -> its copy."""
-    found = [*model.parameters(), *model.buffers(), *gm.parameters(), *gm.buffers()]
-    for node in gm.graph.find_nodes(op="get_attr"):
-        value = _get(gm, node.target)
+def _copied_tensors(graph: fx.Graph, owner: nn.Module, model: nn.Module) -> dict[int, Tensor]:
+    """id of every tensor of the model or the graph's owner -> its copy."""
+    found = [*model.parameters(), *model.buffers(), *owner.parameters(), *owner.buffers()]
+    for node in graph.find_nodes(op="get_attr"):
+        value = _get(owner, node.target)
         if isinstance(value, Tensor):
             found.append(value)
     copies: dict[int, Tensor] = {}
@@ -113,8 +113,8 @@ def _copied_tensors(gm: fx.GraphModule, model: nn.Module) -> dict[int, Tensor]:
             data = tensor.detach().clone()
             is_param = isinstance(tensor, nn.Parameter)
             copies[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_param else data
-    for node in gm.graph.find_nodes(op="get_attr"):
-        value = _get(gm, node.target)
+    for node in graph.find_nodes(op="get_attr"):
+        value = _get(owner, node.target)
         if isinstance(value, Tensor):
             node.meta["source"] = id(value)
     return copies
@@ -310,7 +310,8 @@ def _concrete_meta(node: fx.Node) -> None:
     if node.op == "get_attr" and "source" in node.meta:
         meta["source"] = node.meta["source"]
     if node.op == "placeholder" and isinstance(value, Tensor):
-        meta["dynamic"] = [d for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt)]
+        free = [d for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt)]
+        meta["dynamic"] = node.meta.get("dynamic", free)
     node.meta = meta
 
 

@@ -1,4 +1,4 @@
-"""Train and eval modes of a model, changed for a while."""
+"""A model's modes and attributes, changed for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,3 +17,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside to attributes of the modules, and to lists, dicts and sets among them, is undone.
+
+    Models that cache tensors between calls would otherwise keep those of a traced call.
+    """
+    before = [
+        (vars(m), dict(vars(m)), {k: v.copy() for k, v in vars(m).items() if type(v) in (dict, list, set)})
+        for m in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for now, attributes, contents in before:
+            now.clear()
+            now.update(attributes)
+            for name, content in contents.items():
+                container = now[name]
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)

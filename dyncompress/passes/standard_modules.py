@@ -7,6 +7,7 @@ layer becomes the plain layer. It returns None where the call is not what the pl
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,9 +47,17 @@ def _named(own: dict[str, int], **wanted: Any) -> bool:
     return own == {name: _source(arg) for name, arg in wanted.items() if arg is not None}
 
 
-def _meta(kind: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-    with torch.device("meta"):
-        return kind(*args, **kwargs)
+def _meta(kind: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    """A module of this kind on the meta device."""
+    module: nn.Module = _uninitialised(kind)(*args, device="meta", **kwargs)
+    module.__class__ = kind
+    return module
+
+
+@cache
+def _uninitialised(kind: Any) -> Any:
+    """`kind` without drawing initial weights, which takes time on the meta device too."""
+    return type(kind.__name__, (kind,), {"reset_parameters": lambda self: None})
 
 
 def _pair(value: Any, n: int) -> tuple[int, ...]:

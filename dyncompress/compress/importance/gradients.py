@@ -31,7 +31,7 @@ def taylor_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context) ->
     with _gradients(gm):
         for _ in _backward(gm, context.drawn(), context.batch_size, context.progress):
             pass  # the gradients add up
-        return {axis.name: group_sums(gm, axis, _weight_times_gradient).abs() for axis in axes}
+        return {axis.name: group_sums(gm, axis, torch.mul, _with_gradient).abs() for axis in axes}
 
 
 def hessian_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context) -> Scores:
@@ -53,15 +53,18 @@ def hessian_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context) -
                     fisher[id(p)] = fisher[id(p)] + square if id(p) in fisher else square
                     p.grad = None
 
-    def saliency(weight: Tensor) -> Tensor:
-        square = weight.detach().double().square()
-        return 0.5 * square * fisher[id(weight)] if id(weight) in fisher else torch.zeros_like(square)
+    def with_fisher(weight: Tensor) -> tuple[Tensor, ...]:
+        return (weight, fisher[id(weight)]) if id(weight) in fisher else ()
 
-    return {axis.name: group_sums(gm, axis, saliency) for axis in axes}
+    return {axis.name: group_sums(gm, axis, _saliency, with_fisher) for axis in axes}
 
 
-def _weight_times_gradient(weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight) if weight.grad is None else weight.detach().double() * weight.grad.double()
+def _saliency(weight: Tensor, fisher: Tensor) -> Tensor:
+    return 0.5 * weight.square() * fisher
+
+
+def _with_gradient(weight: Tensor) -> tuple[Tensor, ...]:
+    return () if weight.grad is None else (weight, weight.grad)
 
 
 def _backward(gm: fx.GraphModule, data: LabelledData, batch_size: int, progress: bool) -> Iterator[None]:

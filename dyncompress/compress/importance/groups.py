@@ -12,8 +12,11 @@ from ...passes.axes import Axis
 from ...passes.typing import attribute
 from ..batches import LabelledData, size_of
 
-PerElement = Callable[[Tensor], Tensor]
+PerElement = Callable[..., Tensor]
+Operands = Callable[[nn.Parameter], tuple[Tensor, ...]]
 Scores = dict[str, Tensor]  # axis name -> one score per index (size,), float64, on the CPU
+
+_BLOCK = 1 << 16  # elements
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,33 @@ class Context:
         return Subset(self.data, order[: min(self.samples, limit or self.samples)].tolist())
 
 
-def group_sums(gm: fx.GraphModule, axis: Axis, per_element: PerElement) -> Tensor:
-    """Sum of `per_element(parameter)` over everything that belongs to each index of `axis`: shape (axis.size,)."""
+def _weight(parameter: nn.Parameter) -> tuple[Tensor, ...]:
+    return (parameter,)
+
+
+def group_sums(gm: fx.GraphModule, axis: Axis, per_element: PerElement, operands: Operands = _weight) -> Tensor:
+    """Sum of `per_element(*operands(parameter))` over all that belongs to each index of `axis`: (axis.size,) float64.
+
+    Operands, by default the parameter alone, are shaped like it; a parameter without operands adds nothing.
+    """
     total = torch.zeros(axis.size, dtype=torch.float64)
     for tensor, dim, positions in parameter_slices(gm, axis):
-        values = per_element(tensor).detach().double()
-        others = [d for d in range(values.dim()) if d != dim]
-        along = values.sum(others) if others else values
-        total += along.cpu()[positions].sum(1)
+        read = operands(tensor)
+        if read:
+            total += _along(per_element, [x.detach() for x in read], dim).cpu()[positions].sum(1)
     return total
+
+
+def _along(per_element: PerElement, operands: list[Tensor], dim: int) -> Tensor:
+    """Sums over every dim but `dim` in float64, in blocks of rows: float64 copies of all rows would not fit a cache."""
+    first = operands[0]
+    rows = max(1, _BLOCK * len(first) // max(first.numel(), 1))
+    others = [d for d in range(first.dim()) if d != dim]
+    parts = []
+    for block in zip(*(x.split(rows) for x in operands), strict=True):
+        values = per_element(*(x.double() for x in block))
+        parts.append(values.sum(others) if others else values)
+    return torch.cat(parts) if dim == 0 else torch.stack(parts).sum(0)
 
 
 def parameter_slices(gm: fx.GraphModule, axis: Axis) -> Iterator[tuple[nn.Parameter, int, Tensor]]:

@@ -24,7 +24,7 @@ from .groups import Context, Scores, group_sums, parameter_slices
 
 def l1_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context | None = None) -> Scores:
     """L1 norm of each group, by axis name."""
-    return {axis.name: group_sums(gm, axis, lambda w: w.double().abs()) for axis in axes}
+    return {axis.name: group_sums(gm, axis, torch.abs) for axis in axes}
 
 
 def l2_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context | None = None) -> Scores:
@@ -74,7 +74,7 @@ def bn_scale_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context |
         own = [s.tensor for s in axis.slices if s.tensor in scales]
         found = found or bool(own)
         gammas = {id(attribute(gm, name)) for name in own}
-        score = group_sums(gm, axis, lambda w, chosen=gammas: w.double().abs() * (id(w) in chosen))  # type: ignore[misc]
+        score = group_sums(gm, axis, torch.abs, lambda w, chosen=gammas: (w,) * (id(w) in chosen))  # type: ignore[misc]
         scores[axis.name] = score if own else _energy(gm, axis).sqrt()
     if not found:
         raise RequestError("importance='bn-scale' needs BatchNorm, and no prunable axis has one: use l2 or taylor")
@@ -82,7 +82,7 @@ def bn_scale_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context |
 
 
 def _energy(gm: fx.GraphModule, axis: Axis) -> Tensor:
-    return group_sums(gm, axis, lambda w: w.double().square())
+    return group_sums(gm, axis, torch.square)
 
 
 def _lamp(energy: Tensor) -> Tensor:

@@ -1,0 +1,167 @@
+"""Recordings: the same graph as torch.export's, and whatever a recording cannot tell goes through torch.export."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dyncompress as dc
+from dyncompress.model_zoo.models import ZOO, build, example_input
+from dyncompress.passes import capture as capturing
+from dyncompress.passes.recording import Unrecorded
+from dyncompress.passes.varying import recorded
+
+
+def exported(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Any) -> torch.fx.GraphModule:
+    """The model captured by torch.export alone."""
+
+    def refuse(*_: Any) -> None:
+        raise Unrecorded("not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capturing, "recorded", refuse)
+        return dc.capture(model, x)
+
+
+@pytest.fixture
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch.export was asked")
+
+    monkeypatch.setattr(torch.export, "export", refuse)
+
+
+@pytest.mark.parametrize("name", ["resnet-digits", "vit-digits", "lstm-digits", "text-encoder", "lstm-lm", "bidaf"])
+def test_a_recording_is_what_export_gives(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert name in ZOO
+    torch.manual_seed(0)
+    model, x = build(name).eval(), example_input(name)
+    ours, reference = dc.capture(model, x), exported(monkeypatch, model, x)
+    assert ours.meta["inputs"] == reference.meta["inputs"]
+    assert ours.graph._codegen.pytree_info == reference.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    assert {n.target for n in ours.graph.find_nodes(op="call_module")} == {
+        n.target for n in reference.graph.find_nodes(op="call_module")
+    }
+    for key, value in reference.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value)
+
+    def slices(gm: torch.fx.GraphModule) -> set[Any]:
+        return {(a.size, a.prunable, *sorted((s.tensor, s.dim) for s in a.slices)) for a in dc.infer_axes(gm)}
+
+    assert slices(ours) == slices(reference)
+    args, kwargs = capturing.split_inputs(x)
+    torch.testing.assert_close(ours(*args, **kwargs), reference(*args, **kwargs), rtol=0, atol=0)
+
+
+class Formulas(nn.Module):
+    """Sizes of every kind: the batch, a multiple of it, a product with a length, a length plus one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(30, 6), nn.Embedding(40, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows, length = ids.shape
+        x = self.embed(ids).reshape(rows * length, 2, 3).reshape(rows * 2, length, 3).sum(1)
+        place = self.place(torch.arange(length + 1, device=ids.device))[1:]
+        return x.reshape(rows, 6)[:, None] + place + torch.ones(3 * rows, device=ids.device).sum() / 3
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (5, 3), (2, 31)])
+def test_sizes_that_follow_the_inputs(no_export: None, shape: tuple[int, int]) -> None:
+    model = Formulas().eval()
+    gm = dc.capture(model, torch.randint(0, 30, (2, 7)))
+    ids = torch.randint(0, 30, shape)
+    torch.testing.assert_close(gm(ids), model(ids))
+
+
+class Caching(nn.Module):
+    """Keeps what it computed from its weights in a dict, as some attention layers do in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.cache = nn.Linear(4, 3), dict[str, Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.fc.weight.sum() * 2
+        return self.fc(x) * self.cache["scale"]
+
+
+def test_the_model_keeps_nothing_of_a_recording(no_export: None) -> None:
+    model = Caching().eval()
+    before, x = dict(model.fc._parameters), torch.randn(5, 4)
+    gm = dc.capture(model, torch.randn(2, 4))
+    assert model.cache == {} and model.fc._parameters == before
+    torch.testing.assert_close(gm(x), model(x))
+
+
+class OnDevice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[1], device=x.device)
+        return x + steps if x.device.type == "cpu" and x.is_cpu and not x.is_meta else x * steps
+
+
+def test_a_model_sees_its_own_device(no_export: None) -> None:
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(dc.capture(OnDevice(), torch.randn(2, 4))(x), OnDevice()(x))
+
+
+class Scaled(nn.Module):
+    def forward(self, ids: Tensor) -> Tensor:
+        return ids.float() / math.sqrt(ids.shape[1])
+
+
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = torch.randn(4)  # no buffer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.anchor
+
+
+class Lasting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x * 2
+        return self.last
+
+
+class Valued(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+class Parity(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0] // 2, 2, -1).sum(1)
+
+
+@pytest.mark.parametrize("make", [Scaled, Constant, Lasting, Valued, Parity])
+def test_what_a_recording_cannot_tell_is_not_recorded(make: Callable[[], nn.Module]) -> None:
+    x = torch.randint(0, 9, (53, 4)) if make is Scaled else torch.randn(53, 4)
+    with pytest.raises(Unrecorded):
+        recorded(make().eval(), (x,), {}, 53)
+
+
+@pytest.mark.parametrize("make", [Scaled, Constant, Valued])
+def test_and_is_exported_instead(make: Callable[[], nn.Module]) -> None:
+    model = make().eval()
+    made = (lambda n: torch.randint(0, 9, (n, 4))) if make is Scaled else (lambda n: torch.randn(n, 4))
+    gm, x = dc.capture(model, made(2)), made(5)
+    torch.testing.assert_close(gm(x), model(x))
+
+
+def test_a_loop_over_time_fixes_the_length() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(9, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.stack([x.tanh() for x in self.embed(ids).unbind(1)], 1)
+
+    assert dc.capture(Steps(), torch.randint(0, 9, (2, 6))).meta["inputs"][0]["dynamic"] == [0]
