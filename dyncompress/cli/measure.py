@@ -41,7 +41,9 @@ def measure(
 def _entry(model: nn.Module, graph: fx.GraphModule, data: Splits | None, device: torch.device) -> dict[str, Any]:
     found = evaluate(model, data.test, device=device) if data is not None else None
     accuracy = found.accuracy if found is not None else None
-    size = {"parameters": count_parameters(model), "bytes": count_bytes(model)}
+    size: dict[str, Any] = {"parameters": count_parameters(model), "bytes": count_bytes(model)}
+    if found is not None and found.perplexity is not None:
+        size["perplexity"] = found.perplexity
     if not isinstance(model, DynamicModel):
         return {"accuracy": accuracy, "macs": count_macs(graph), **size}
     exits = [asdict(use) for use in found.exits] if found is not None else _unused_exits(model)

@@ -1,12 +1,12 @@
 """MODEL on the command line: where a model comes from, and example inputs that it can be captured with.
 
     FILE                        a checkpoint of ours, a torch.export archive, a state dict with --arch, a pickled module
-    zoo:NAME                    a trained reference model of this package
+    zoo:NAME                    a reference model of this package, trained where it comes so and no options are given
     timm:NAME torchvision:NAME  an architecture of that library with random weights
     hf:NAME                     a small random model of a transformers class, or a trained one by folder or hub name
     package.module:factory      whatever the function returns; the working directory is importable
 
-The last four take options in parentheses, as in 'timm:resnet18(num_classes=10, in_chans=1)'.
+All but a file take options in parentheses, as in 'timm:resnet18(num_classes=10, in_chans=1)'.
 """
 
 import ast
@@ -155,7 +155,7 @@ def _read(path: Path, allow_pickle: bool) -> _Found | dict[str, Tensor]:
 def _from_source(spec: str) -> _Found:
     """A model by SOURCE:NAME, with its trained weights where the source has any."""
     source, _, name = spec.partition(":")
-    if source == "zoo":
+    if source == "zoo" and name in zoo.ZOO and zoo.ZOO[name].trained:
         return _Found(zoo.load(name), usual=zoo.example_input(name))
     return architecture(spec)
 
@@ -163,9 +163,9 @@ def _from_source(spec: str) -> _Found:
 def architecture(spec: str, *, weights: bool = True) -> _Found:
     """The model of an architecture and its usual inputs; weights=False reads no weights from any file."""
     source, _, rest = spec.partition(":")
-    if source == "zoo":
-        return _Found(zoo.build(rest), usual=zoo.example_input(rest))
     name, options = _split_options(spec, rest)
+    if source == "zoo":
+        return _Found(zoo.build(name, **options), usual=zoo.example_input(name), trained=False)
     if source not in _FRAMEWORKS:
         return _Found(_call_factory(source, name, options))
     if source == "hf" and not weights:

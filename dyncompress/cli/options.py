@@ -38,7 +38,7 @@ class DataOptions:
     """What a model is trained and judged on, and where."""
 
     data: str | None = None
-    """Labelled data: digits, npz:FILE, imagefolder:DIR, hf:NAME_OR_DIR or package.module:factory."""
+    """Labelled data: digits, npz:FILE, imagefolder:DIR, text:DIR, cifar10:DIR, hf:NAME or package.module:factory."""
     seed: int = 0
     """Seed of every random number."""
     device: str | None = None

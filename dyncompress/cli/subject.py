@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.utils.data import default_collate
 
 from ..compress.batches import call, to_device
-from ..compress.evaluate import logits_of
+from ..compress.losses import logits_of
 from ..errors import RequestError
 from ..model_zoo.data import Splits, load_data
 from ..passes.capture import capture
@@ -94,7 +94,7 @@ def _check_fit(spec: str, module: nn.Module, data: Splits, samples: Any) -> None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RequestError(f"{spec} does not take the samples of {data.name} ({shape}): {reason}") from error
     logits = logits_of(output)
-    if logits.dim() != 2 or logits.shape[1] < data.classes:
+    if logits.shape[-1] < data.classes:
         raise RequestError(
             f"{spec} puts out {'x'.join(map(str, logits.shape[1:]))} numbers per sample, but {data.name} has "
             f"{data.classes} classes"
