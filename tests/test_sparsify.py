@@ -1,7 +1,14 @@
 """Learned sparsity: targets, surgery held to the mask, exact resumption, controls, several processes."""
 
 import copy
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +18,11 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import dyncompress as dc
+from dyncompress.cli.app import run
+from dyncompress.compress.losses import cross_entropy
 from dyncompress.compress.rewind import reinit, rewind
 from dyncompress.compress.surgery import carry_over, operate
+from dyncompress.model_zoo.data import ArrayDataset, Splits
 from dyncompress.passes.cost import count_macs, count_parameters
 from dyncompress.passes.modes import evaluating
 
@@ -220,3 +230,155 @@ def test_controls() -> None:
     assert one.stem.weight.abs().max() <= bound < 1.2 * one.stem.weight.abs().max()
     with pytest.raises(dc.RequestError, match="no report"):
         rewind(early, early)
+
+
+def interrupted(step: int, error: type[BaseException]) -> Any:
+    """The loss, until some step."""
+    seen = iter(range(10**6))
+
+    def loss(output: Any, labels: Tensor) -> Tensor:
+        if next(seen) == step:
+            raise error
+        return cross_entropy(output, labels)
+
+    return loss
+
+
+RESUMED: dict[str, Any] = OPTIONS | {"shrink_every": 1, "ema": 0.9, "macs": 0.3, "epochs": 8, "lr": 5e-3}
+
+
+STEPS = 6  # per epoch
+
+
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """The run that nothing interrupts."""
+    torch.set_num_threads(1)
+    return dc.sparsify(network(), images(), **RESUMED)
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path, whole: Any) -> None:
+    first, *_, last = (s["epoch"] for s in whole.meta["info"]["sparsify"]["surgeries"])
+    assert first < last
+    for after in (first, last):
+        step, folder = after * STEPS + 2, tmp_path / str(after)
+        with pytest.raises(KeyboardInterrupt, match="continue with resume"):
+            loss = interrupted(step, KeyboardInterrupt)
+            dc.sparsify(network(), images(), loss_fn=loss, run_dir=folder, **RESUMED)
+        torch.manual_seed(99)
+        again = dc.sparsify(network(), images(), run_dir=folder, resume=True, **RESUMED)
+        assert same(again, whole)
+        assert again.meta["info"]["sparsify"] == whole.meta["info"]["sparsify"]
+    with pytest.raises(dc.RequestError, match="has target"):
+        dc.sparsify(network(), images(), run_dir=folder, resume=True, **RESUMED | {"macs": 0.4})
+
+
+def begun(code: str, **environment: str) -> subprocess.Popen[str]:
+    """Runs code that begins with this file's names, in a process of its own."""
+    text = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_sparsify import *\n{code}"
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE, text=True, env=own)
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, whole: Any) -> None:
+    first = whole.meta["info"]["sparsify"]["surgeries"][0]["epoch"]
+    code = f"""
+def loss(output, labels, seen=iter(range(10**6))):
+    if next(seen) == {first * STEPS + 3}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return cross_entropy(output, labels)
+torch.set_num_threads(1)
+dc.sparsify(network(), images(), loss_fn=loss, run_dir={str(tmp_path)!r}, **RESUMED)
+"""
+    with begun(code) as process:
+        process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    again = dc.sparsify(network(), images(), run_dir=tmp_path, resume=True, **RESUMED)
+    assert same(again, whole)
+
+
+def test_two_processes_make_the_same_model(tmp_path: Path) -> None:
+    code = f"""
+torch.set_num_threads(1)
+small = dc.sparsify(network(), images(), **OPTIONS | {{"batch_size": 16, "macs": 0.5, "kinds": ("axes", "layers")}})
+assert small.meta["info"]["sparsify"]["surgeries"] and torch.distributed.get_world_size() == 2
+torch.save(dict(small.named_parameters()), {str(tmp_path)!r} + "/" + os.environ["RANK"])
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = [begun(code, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+    for process in started:
+        with process:
+            _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said[-2000:]
+    one, two = (torch.load(tmp_path / rank) for rank in "01")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_bf16() -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    try:
+        small = dc.sparsify(network(), images(), macs=0.5, mixed_precision="bf16", **OPTIONS)
+        report = small.meta["info"]["sparsify"]
+        assert report["left"] <= 0.5 and report["learned"] < 1 and accuracy(small, images()) > 0.9
+        assert {p.dtype for p in small.parameters()} == {torch.float32}
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, "exactly one of macs, params, strength, penalty_ratio"),
+        ({"macs": 0.5, "strength": 0.1}, "exactly one"),
+        ({"macs": 1.5}, "at most 1"),
+        ({"macs": 0.01, "floor": 0.5}, "out of reach"),
+        ({"macs": 0.5, "kinds": ("filters",)}, "taken out"),
+        ({"macs": 0.5, "kinds": ("rows",)}, "unknown kind"),
+        ({"macs": 0.5, "ignore": ("nope",)}, "nope"),
+        ({"strength": 0.0}, "strength is 0.0"),
+        ({"penalty_ratio": -1.0}, "penalty_ratio"),
+        ({"macs": 0.5, "epochs": 0}, "epochs"),
+        ({"macs": 0.5, "finetune": -1}, "finetune"),
+        ({"macs": 0.5, "shrink_every": 0}, "shrink_every"),
+        ({"macs": 0.5, "ema": 1.0}, "ema"),
+        ({"macs": 0.5, "resume": True}, "run_dir"),
+    ],
+)
+def test_wrong_requests(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(dc.RequestError, match=said):
+        dc.sparsify(network(), images(8), **change)
+
+
+def make_net() -> nn.Module:
+    return network()
+
+
+def make_data() -> Splits:
+    train, calibration, test = (ArrayDataset(*images(count).tensors) for count in (192, 30, 60))
+    return Splits(train, calibration, test, classes=3, name="stripes")
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = f"sparsify {__name__}:make_net --macs 0.5 --epochs 4 --lr 0.01 --batch-size 32 --device cpu".split()
+    source = ["--data", f"{__name__}:make_data", "--kinds", "axes", "--kinds", "layers"]
+    assert run([*command, *source, "--finetune", "2", "--out", "small", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    static, small = report["static"], report["sparsified"]
+    done = report["sparsify"]
+    assert small["macs"] <= 0.5 * static["macs"] and small["parameters"] < static["parameters"]
+    assert done["left"] == pytest.approx(small["macs"] / static["macs"]) and done["kinds"] == ["axes", "layers"]
+    assert {"layers.csv", "kept.png", "recipe.yaml"} <= {path.name for path in Path("small").iterdir()}
+    weights = dc.load(report["model"]).state_dict()
+    recipe = [str(Path("small/recipe.yaml")), "--out", "again", "--json", "--set", "seed=0"]
+    assert run(["run", *recipe]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in dc.load(again["model"]).state_dict().items())
+    assert run([*command, *source, "--out", "shown", "--finetune", "1"]) == 0
+    assert "groups" in capsys.readouterr().out
+    assert run(command) == 2
+    assert "--data" in capsys.readouterr().err

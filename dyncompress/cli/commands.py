@@ -8,7 +8,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..errors import RequestError
-from ..runtime.recipe import Convert, Export, Prune, Recipe, Step, read_recipe
+from ..runtime.recipe import Convert, Export, Prune, Recipe, Sparsify, Step, read_recipe
 from .app import app, printing
 from .folders import choose_folder
 from .options import DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions
@@ -20,7 +20,7 @@ Model = Annotated[
 ]
 Flat = Parameter(name="*")
 
-_CONVERT, _PRUNE = Convert(), Prune()
+_CONVERT, _PRUNE, _SPARSIFY = Convert(), Prune(), Sparsify()
 _SOURCE, _DATA, _FOLDER = ModelOptions(), DataOptions(), FolderOptions()
 _STREAM = StreamOptions()
 
@@ -80,6 +80,26 @@ def prune(
     if stream.stream or stream.drop:
         return _stream(model, step, source, data, stream, folder, json)
     _run("prune", _recipe(model, (step,), source, data), folder, json, source.allow_pickle, verbose)
+
+
+@app.command
+def sparsify(
+    model: Model,
+    /,
+    *,
+    step: Annotated[Sparsify, Flat] = _SPARSIFY,
+    source: Annotated[ModelOptions, Flat] = _SOURCE,
+    data: Annotated[DataOptions, Flat] = _DATA,
+    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    verbose: Flag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Trains a model so that channels, heads, hidden units or layers become zero and leave it.
+
+    Args:
+        verbose: Show every layer of a large model.
+    """
+    _run("sparsify", _recipe(model, (step,), source, data), folder, json, source.allow_pickle, verbose)
 
 
 @app.command

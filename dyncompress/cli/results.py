@@ -43,8 +43,9 @@ def write(
         "device": str(subject.device),
         **measured,
     }
-    if "pruned" in models:
-        _note_pruning(report, models, folder)
+    shrunk = next((other for other in models if other in _SHRUNK_BY), None)
+    if shrunk is not None:
+        _note_shrinking(report, models, shrunk, folder)
     if "static" in entries and isinstance(result, DynamicModel) and subject.data is not None:
         report["curve"] = tradeoff(result, subject.data, subject.device)
         _draw(folder, report, name)
@@ -63,12 +64,14 @@ def _save(recipe: Recipe, folder: Path, model: fx.GraphModule | DynamicModel, en
     return path
 
 
-def _note_pruning(report: dict[str, Any], models: Mapping[str, Any], folder: Path) -> None:
-    """What the first pruning did: the layers, the shares reached, and a picture of what was kept."""
-    pruned = models["pruned"]
-    done = pruned.meta["info"]["prune"]
-    report["layers"] = layers.compare_layers(models["static"], pruned)
-    report["prune"] = {key: value for key, value in done.items() if key != "kept"}
+_SHRUNK_BY = {"pruned": "prune", "sparsified": "sparsify"}
+
+
+def _note_shrinking(report: dict[str, Any], models: Mapping[str, Any], name: str, folder: Path) -> None:
+    """What the first pruning or sparsifying did: the layers, the shares reached, a picture of what was kept."""
+    done = models[name].meta["info"][_SHRUNK_BY[name]]
+    report["layers"] = layers.compare_layers(models["static"], models[name])
+    report[_SHRUNK_BY[name]] = {key: value for key, value in done.items() if key != "kept"}
     layers.write_csv(folder / "layers.csv", report["layers"])
     plots.plot_kept(folder / "kept.png", done["kept"])
 
@@ -94,7 +97,7 @@ def show(report: Mapping[str, Any], console: Console, *, verbose: bool = False) 
     entries = entries_of(report)
     if "layers" in report:
         console.print(layers.table(report["layers"], verbose))
-        for line in _shares(report["prune"]):
+        for line in _shares(report["prune"]) if "prune" in report else _learned(report["sparsify"]):
             console.print(line)
     for name, entry in entries.items():
         if "exits" in entry:
@@ -116,3 +119,15 @@ def _shares(done: Mapping[str, Any]) -> list[str]:
             text += f" (this cut: {step['measured']:.3f} measured, {step['predicted']:.3f} predicted)"
         lines.append(text)
     return lines
+
+
+def _learned(done: Mapping[str, Any]) -> list[str]:
+    """One line per surgery, and one for what was learned and what was cut."""
+    metric = done["metric"]
+    lines = [
+        f"after epoch {step['epoch']}: {step['live']} of {step['groups']} groups, {step['left']:.3f} of the {metric}"
+        for step in done["surgeries"]
+    ]
+    asked = f", {done['target']:.3f} was asked for" if done["target"] is not None else ""
+    cut = f", {done['learned'] - done['left']:.3f} cut" if done["learned"] > done["left"] else ""
+    return [*lines, f"{done['left']:.3f} of the {metric} is left{asked}: {1 - done['learned']:.3f} learned{cut}"]

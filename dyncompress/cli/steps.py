@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from ..compress.convert import convert
 from ..compress.importance import NEED_DATA
 from ..compress.prune import RECALIBRATION_BATCHES, prune
 from ..compress.recalibrate import recalibrate_batchnorm
+from ..compress.sparsify import sparsify
 from ..errors import RequestError
 from ..model_zoo.data import Splits
 from ..runtime.dynamic import DynamicModel
-from ..runtime.recipe import Convert, Export, Prune, Step
+from ..runtime.recipe import Convert, Export, Prune, Sparsify, Step
 
 
 def check_request(steps: Sequence[Step], data: str | None) -> None:
@@ -28,9 +30,11 @@ def check_request(steps: Sequence[Step], data: str | None) -> None:
             _check_needs_no_data(step)
 
 
-def _check_needs_no_data(step: Prune | Convert) -> None:
+def _check_needs_no_data(step: Prune | Sparsify | Convert) -> None:
     if isinstance(step, Convert):
         raise RequestError("convert without data is not available yet: give labelled data, such as --data digits")
+    if isinstance(step, Sparsify):
+        raise RequestError("sparsify learns from data: give labelled data, such as --data digits")
     if step.finetune or step.importance in NEED_DATA:
         option = "finetune" if step.finetune else f"importance {step.importance}"
         raise RequestError(f"{step.name} with {option} needs labelled data: give --data, such as --data digits")
@@ -47,11 +51,11 @@ def check_order(steps: Sequence[Step], model: nn.Module) -> None:
 
 def result_name(step: Step) -> str:
     """What the report calls the model that a step made."""
-    return "dynamic" if isinstance(step, Convert) else "pruned"
+    return {"prune": "pruned", "sparsify": "sparsified", "convert": "dynamic"}[step.name]
 
 
 def take(
-    step: Prune | Convert,
+    step: Prune | Sparsify | Convert,
     model: fx.GraphModule,
     data: Splits | None,
     *,
@@ -65,7 +69,12 @@ def take(
     if isinstance(step, Prune):
         return _prune(step, model, data, **common)
     assert data is not None
+    if isinstance(step, Sparsify):
+        return sparsify(model, data.train, **{**asdict(step), "optimizer": _OPTIMIZERS[step.optimizer]}, **common)
     return convert(model, data=data, **asdict(step), **common)
+
+
+_OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}
 
 
 def _prune(step: Prune, model: fx.GraphModule, data: Splits | None, *, seed: int, **run: Any) -> fx.GraphModule:

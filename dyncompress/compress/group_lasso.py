@@ -63,8 +63,8 @@ class GroupLasso:
         row = max(prod(link.view[1:]) for link in self.groups.links)
         self._scratch = torch.empty(max(_PIECE, row), device=self._ids.device)
         self.sizes = sizes[:-1]  # (groups,), how many weights
-        self._weights = sizes.sqrt()
-        self._weights[-1] = 0
+        self.weights = self.sizes.sqrt()  # (groups,), of each group in the penalty
+        self._weights = torch.cat([self.weights, sizes.new_zeros(1)])
         self._held = torch.zeros_like(sizes, dtype=torch.bool)
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class GroupLasso:
     def hold(self, zero: Tensor, spared: Tensor) -> None:
         """From now on the groups in `zero`, (groups,) bool, stay zero, and those in `spared` are not shrunk."""
         self._held[:-1] = zero
-        self._weights[:-1] = self.sizes.sqrt().masked_fill(spared, 0)
+        self._weights[:-1] = self.weights.masked_fill(spared, 0)
 
     def _divided(self) -> Iterator[tuple[nn.Parameter, list[Link]]]:
         """Each parameter and its links in one view; again with those in another."""

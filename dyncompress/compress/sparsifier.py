@@ -99,7 +99,7 @@ class Sparsifier:
     # --- what the trainer calls ---------------------------------------------------------------------------------------
 
     def begin(self, lrs: Sequence[float]) -> None:
-        """Before the first step, the model now on its device."""
+        """Before the first step, or before a saved run is taken up; the model is now on its device."""
         self._steps = len(lrs) * self.asked.epochs // (self.asked.epochs + self.asked.finetune)
         self._lrs, self._every = list(lrs[: self._steps]), max(1, self._steps // _CHECKS)
         self._take(self.model)
@@ -231,7 +231,7 @@ class Sparsifier:
             self.strength = max(self.strength, self._reach(self.asked.target) / horizon(self._lrs, step))
 
     def _rms(self) -> Tensor:
-        return self.lasso.norms() / self.lasso.sizes.sqrt()
+        return self.lasso.norms() / self.lasso.weights
 
     def _reach(self, target: float) -> float:
         return weakest(self._rms(), self._removable(), self._left, target)

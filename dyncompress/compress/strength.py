@@ -26,7 +26,7 @@ _HORIZON, _STEPS = 0.1, 10
 
 
 def horizon(lrs: Sequence[float], step: int) -> float:
-    """The sum of the learning rates from `step` to the deadline; at least a tenth of all, and ten of the present one."""
+    """The sum of the learning rates from `step` to the deadline; at least a tenth of all, and ten of the present."""
     present = lrs[min(step, len(lrs) - 1)]
     return max(sum(lrs[step : round(_DEADLINE * len(lrs))]), _HORIZON * sum(lrs), _STEPS * present)
 

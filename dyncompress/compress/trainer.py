@@ -55,7 +55,7 @@ class Surgeon(Protocol):
     progress: Mapping[str, str]
 
     def begin(self, lrs: Sequence[float]) -> None:
-        """Before the first step of a new run, with the learning rate of every step."""
+        """Before anything is trained or taken up, the model now on its device, with the learning rate of every step."""
 
     def after_step(self, step: int) -> None:
         """After the optimiser's step of this number, from 0."""
@@ -66,7 +66,7 @@ class Surgeon(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Iterator[Surgery]:
-        """Takes up a saved run, beginning with the model given: makes its surgeries again, whatever the weights."""
+        """Takes up a saved run: makes its surgeries again, whatever the weights, on the model that it began with."""
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,10 @@ class _Run:
         progress: bool,
     ) -> list[Epoch]:
         """All epochs that are not done yet; the history of all."""
+        if self.surgeon is not None:
+            self.surgeon.begin([self.settings.lr * _schedule(step, self.steps) for step in range(self.steps)])
         history = self._restored(store)
         done = len(history)
-        if self.surgeon is not None and not done:
-            self.surgeon.begin([self.settings.lr * _schedule(step, self.steps) for step in range(self.steps)])
         bar = tqdm(
             total=self.steps, initial=done * len(self.batches), unit="step", file=sys.stderr, disable=not progress
         )

@@ -70,6 +70,44 @@ class Prune:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sparsify:
+    """Trains with group lasso, which drives whole groups of weights to zero; they leave the model. Needs data."""
+
+    name: ClassVar[str] = "sparsify"
+
+    macs: float | None = None
+    """Share of the multiply-accumulates that stays, 0..1. Give one of macs, params, strength and penalty_ratio."""
+    params: float | None = None
+    """Share of the parameters that stays, 0..1."""
+    strength: float | None = None
+    """Factor of the penalty, constant, instead of one that rises until a share is reached."""
+    penalty_ratio: float | None = None
+    """The same, chosen so that the penalty is this share of the first loss; such as 0.2, with sgd."""
+    epochs: int = 10
+    """Passes over the training split with group lasso."""
+    finetune: int = 5
+    """Passes after them without it."""
+    shrink_every: int = 2
+    """Epochs after which zeroed groups leave the model."""
+    kinds: tuple[str, ...] = ("axes",)
+    """Groups: axes, layers, an axis kind such as channels or heads; or filters, columns, shapes, tiles."""
+    floor: float = 0.1
+    """Least share of every axis that stays."""
+    ignore: tuple[str, ...] = ()
+    """Modules or parameters whose axes stay whole, by name."""
+    ema: float | None = None
+    """Decay of an average of the weights, which the result then has, such as 0.999."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum 0.9."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    batch_size: int = 128
+    """Samples per training step."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of training; by default what accelerate is configured to."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Convert:
     """Adds early exits, trains them by self-distillation and chooses their thresholds. Needs data."""
 
@@ -107,8 +145,8 @@ class Export:
     """Name of the file, in the run folder."""
 
 
-Step = Prune | Convert | Export
-STEPS: dict[str, type[Step]] = {kind.name: kind for kind in (Prune, Convert, Export)}
+Step = Prune | Sparsify | Convert | Export
+STEPS: dict[str, type[Step]] = {kind.name: kind for kind in (Prune, Sparsify, Convert, Export)}
 
 
 @dataclass(frozen=True, kw_only=True)
