@@ -227,7 +227,7 @@ def test_prune(weights: Path, cli: Any) -> None:
 
 def test_prune_by_latency_in_steps(weights: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").resolve()))
-    options = "--latency 0.9 --latency-batch 64 --importance activation --scope block --steps 2 --depth --round-to 1"
+    options = "--latency 0.9 --latency-batch 256 --importance activation --scope block --steps 2 --depth --round-to 1"
     outcome = cli(f"prune NET DATA {options} --out fast --verbose")
     assert outcome.status == 0, outcome.err
     steps = json.loads(Path("fast/report.json").read_text())["prune"]["steps"]

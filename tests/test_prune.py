@@ -71,7 +71,7 @@ def test_the_least_important_channels_go_first(gm: torch.fx.GraphModule) -> None
         for tensor, dim in ((gm.a.weight, 0), (gm.a.bias, 0), (gm.b.weight, 1)):
             tensor.index_fill_(dim, torch.tensor(weak), 1e-4)
     total = channels(gm)
-    small = dc.prune(gm, ratio=(total - len(weak)) / total)
+    small = dc.prune(gm, ratio=(total - len(weak)) / total, scope="global")
     assert small.a.out_channels == 48 - len(weak)
     stays = [i for i in range(48) if i not in weak]
     torch.testing.assert_close(small.a.weight, gm.a.weight[stays])
@@ -172,6 +172,11 @@ def test_every_axis_loses_the_same_share(importance: str, gm: torch.fx.GraphModu
     assert max(shares.values()) - min(shares.values()) <= 2 / 32
 
 
+def test_axes_lose_the_same_share_unless_depth_or_latency_is_to_choose(gm: torch.fx.GraphModule) -> None:
+    assert sizes(dc.prune(gm, macs=0.5)) == sizes(dc.prune(gm, macs=0.5, scope="axis"))
+    assert sizes(dc.prune(gm, macs=0.5, depth=True)) == sizes(dc.prune(gm, macs=0.5, depth=True, scope="global"))
+
+
 def test_every_block_loses_the_same_share() -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(a, b) for a, b in ((6, 40), (40, 60), (60, 80), (80, 5))]
@@ -181,13 +186,13 @@ def test_every_block_loses_the_same_share() -> None:
     gm = dc.capture(plain, torch.randn(2, 6))
     found = sizes(dc.prune(gm, ratio=0.5, scope="block"))
     assert [found[f"{i}.weight:0"] for i in (0, 2, 4)] == pytest.approx([20, 30, 40], abs=1)
-    free = sizes(dc.prune(gm, ratio=0.5))
+    free = sizes(dc.prune(gm, ratio=0.5, scope="global"))
     assert [free[f"{i}.weight:0"] for i in (0, 2, 4)] != pytest.approx([20, 30, 40], abs=1)
 
 
 def test_no_axis_stays_above_the_ceiling(gm: torch.fx.GraphModule) -> None:
-    free = dc.prune(gm, macs=0.5)
-    held = dc.prune(gm, macs=0.5, ceiling=0.7)
+    free = dc.prune(gm, macs=0.5, scope="global")
+    held = dc.prune(gm, macs=0.5, scope="global", ceiling=0.7)
     assert max(size / sizes(gm)[name] for name, size in sizes(free).items()) > 0.75
     assert all(size <= -(-sizes(gm)[name] * 7 // 10) for name, size in sizes(held).items())
     assert 0.48 <= count_macs(held) / count_macs(gm) <= 0.5

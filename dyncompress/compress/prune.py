@@ -26,7 +26,7 @@ from .kept import Kept
 from .latency import Latency
 from .latency_choice import choose_by_latency
 from .losses import cross_entropy
-from .ranking import Keep, Limits, check_scope
+from .ranking import Keep, Limits, check_scope, default_scope
 from .recalibrate import recalibrate_batchnorm
 from .search import choose
 from .trainer import fit
@@ -47,7 +47,7 @@ def prune(
     latency: float | None = None,
     importance: str = "l2",
     data: LabelledData | None = None,
-    scope: str = "global",
+    scope: str | None = None,
     floor: float = 0.1,
     ceiling: float = 1.0,
     round_to: int | None = None,
@@ -79,6 +79,7 @@ def prune(
             (`compress.importance`).
         data: map-style, of (inputs, int label); needed by taylor, hessian, activation and for training.
         scope: "global": all groups compete; "axis" or "block": every axis, or every block, loses the same share.
+            None: "axis", and "global" where `latency` or `depth` must tell what to cut more of.
         floor, ceiling: least and largest share of each axis that stays.
         round_to: kept counts are multiples of this; None = 1, and with `latency` 8 or 16 where an axis is wide.
         ignore: module or parameter names whose axes stay whole.
@@ -98,6 +99,7 @@ def prune(
     metric, target = one_target({"ratio": ratio, "macs": macs, "params": params, "bytes": bytes, "latency": latency})
     step_size = 1 if round_to is None and metric != "latency" else round_to
     limits = Limits(floor, step_size, tuple(ignore), ceiling, depth)
+    scope = scope or default_scope(metric, depth)
     _check(importance, scope, steps, finetune, seed, data)
     gm = model if isinstance(model, fx.GraphModule) and "inputs" in model.meta else _captured(model, example_inputs)
     context = Context(data, seed=seed, progress=progress)

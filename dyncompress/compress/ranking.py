@@ -191,6 +191,11 @@ class Ranking:
         return keep
 
 
+def default_scope(metric: str, depth: bool) -> str:
+    """Equal shares (after fine-tuning more accurate), unless latency or depth is to choose what to cut more of."""
+    return "global" if depth or metric == "latency" else "axis"
+
+
 def check_scope(scope: str) -> None:
     """Raises RequestError for a scope that does not exist."""
     if scope not in SCOPES:

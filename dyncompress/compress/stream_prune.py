@@ -24,6 +24,7 @@ from ..runtime.stream_folder import is_finished
 from .budget import one_target
 from .importance.groups import parameter_slices
 from .prune import Limits, choose
+from .ranking import default_scope
 
 KEPT = "kept.json"  # what was chosen and for which request: a resumed run does not rank again
 
@@ -37,7 +38,7 @@ def prune_checkpoint(
     macs: float | None = None,
     params: float | None = None,
     bytes: float | None = None,
-    scope: str = "global",
+    scope: str | None = None,
     floor: float = 0.1,
     ceiling: float = 1.0,
     round_to: int | None = None,
@@ -66,7 +67,7 @@ def prune_checkpoint(
         RequestError, DynCompressError: as `prune` and `shrink_checkpoint`; weights that are not finite.
     """
     metric, target = one_target({"ratio": ratio, "macs": macs, "params": params, "bytes": bytes})
-    stored, folder = Source(Path(source)), Path(out)
+    scope, stored, folder = scope or default_scope(metric, depth), Source(Path(source)), Path(out)
     axes, limits = infer_axes(gm), Limits(floor, round_to or 1, tuple(ignore), ceiling, depth)
     request = {
         metric: target, "scope": scope, "floor": floor, "ceiling": ceiling, "round_to": round_to,
