@@ -43,8 +43,10 @@ class Prune:
     """Share of the wall clock, measured on the model's device, that stays, 0..1."""
     importance: Importance = "l2"
     """How channels are ranked; taylor, hessian and activation need data."""
-    scope: Literal["global", "axis", "block"] = "global"
-    """All channels compete, or every axis, or every block, loses the same share."""
+    scope: Literal["global", "axis", "block"] | None = None
+    """All channels compete, or every axis, or every block, loses the same share.
+
+    By default axis, and global with latency or depth."""
     floor: float = 0.1
     """Least share of every axis that stays."""
     ceiling: float = 1.0
