@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .passes.axes import Axis, infer_axes
     from .passes.capture import capture
     from .passes.exits import InsertExits
+    from .passes.fold import FoldBatchNorm
     from .passes.plan import Plan, plan
     from .passes.shrink import mask, shrink
     from .runtime.checkpoint import load, read_info, save
@@ -31,6 +32,7 @@ _HOMES = {
     "passes.axes": ("Axis", "infer_axes"),
     "passes.capture": ("capture",),
     "passes.exits": ("InsertExits",),
+    "passes.fold": ("FoldBatchNorm",),
     "passes.plan": ("Plan", "plan"),
     "passes.shrink": ("mask", "shrink"),
     "compress.convert": ("convert",),
@@ -56,6 +58,7 @@ __all__ = [
     "DynCompressError",
     "DynamicModel",
     "ExitPolicy",
+    "FoldBatchNorm",
     "InsertExits",
     "Plan",
     "Prediction",

@@ -3,10 +3,12 @@
 1. The ranking is cut where the predicted share meets the target.
 2. Hardware works in steps: each kept size rises to the largest one that its calls do not take longer for.
 3. The shrunk model is measured; where it is off by more than 5 %, the target is corrected and all starts again.
+4. Where branches may go, they do so more or less eagerly; of what takes the same time, most multiply-adds stay.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -17,12 +19,13 @@ from ..passes.shrink import shrink_axes
 from ..passes.typing import flat
 from .budget import measure
 from .latency import Latency
-from .ranking import Keep, Limits, Ranking
+from .ranking import BRANCH, Keep, Limits, Ranking
 from .search import saved_by, search
 
 _ERROR = 0.05
 _CORRECTIONS = 3
 _ROUNDS = 4  # steps that a kept size may rise by
+_EAGER = (0.0, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class LatencyChoice:
     predicted: float
     measured: float
     whole_ms: float
+
+    def misses(self, target: float) -> float:
+        """By what share of the target the measured latency misses it."""
+        return abs(self.measured / target - 1)
 
 
 def choose_by_latency(
@@ -52,11 +59,25 @@ def choose_by_latency(
     Raises:
         RequestError: the target is out of reach.
     """
-    cost = saved_by(axes, measure(axes, "macs", []))
-    ranking = Ranking(axes, scores, limits, cost, scope=scope, comparable=comparable, whole=whole)
+    macs = measure(axes, "macs", [])
+    options: dict[str, Any] = {"scope": scope, "comparable": comparable, "whole": whole}
+    found, failed = list[LatencyChoice](), None
+    for eager in _EAGER if any(axis.kind == BRANCH for axis in limits.candidates(axes)) else (0.0,):
+        ranking = Ranking(axes, scores, limits, saved_by(axes, macs), eager=eager, **options)
+        try:
+            found.append(_closest(ranking, target, latency, exact))
+        except RequestError as error:
+            failed = error
+    if not found:
+        assert failed is not None
+        raise failed
+    near = [choice for choice in found if choice.misses(target) <= _ERROR]
+    return max(near, key=lambda c: macs(c.keep)) if near else min(found, key=lambda c: c.misses(target))
+
+
+def _closest(ranking: Ranking, target: float, latency: Latency, exact: bool) -> LatencyChoice:
+    axes, tried, goal = ranking.axes, list[LatencyChoice](), target
     touched = _touched(axes)
-    tried: list[LatencyChoice] = []
-    goal = target
     for _ in range(1 + _CORRECTIONS):
         try:
             removed = search(ranking, latency.left, "latency", goal)
@@ -67,10 +88,10 @@ def choose_by_latency(
         keep = _raised(ranking, latency, ranking.counts(removed), touched)
         measured = latency.measured_left(shrink_axes(axes, keep, exact=exact))
         tried.append(LatencyChoice(keep, latency.left(keep), measured, latency.whole_ms))
-        if abs(measured / target - 1) <= _ERROR:
+        if tried[-1].misses(target) <= _ERROR:
             break
         goal = min(1.0, goal * target / measured)
-    return min(tried, key=lambda choice: abs(choice.measured - target))
+    return min(tried, key=lambda choice: choice.misses(target))
 
 
 def _raised(ranking: Ranking, latency: Latency, counts: dict[str, int], touched: dict[Atom, set[str]]) -> Keep:

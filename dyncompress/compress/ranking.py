@@ -10,9 +10,10 @@ share of its scope that is gone once it is:
 A branch competes by its worth per cost, d_b = s_b / c_b: its score s over the share c of the target (MACs, parameters)
 that it saves. Mean and spread of d are made those of the scores u of all single indices,
 
-    score(b) = mean u + (d_b - mean d) / std d * std u,
+    score(b) = mean u + ((d_b - mean d) / std d - e) * std u,
 
-so that a branch that stands out among branches as a channel does among channels goes together with it.
+so that a branch that stands out among branches as a channel does among channels goes together with it, or, the more
+eager e, before it.
 """
 
 import math
@@ -117,6 +118,7 @@ class Ranking:
         branch_cost: the share of the target that removing one branch saves.
         comparable: the scores of different axes can be compared as they are.
         whole: the sizes by axis name that floor and ceiling are shares of, where the model is smaller already.
+        eager: how many standard deviations earlier branches go.
     """
 
     def __init__(
@@ -129,10 +131,11 @@ class Ranking:
         scope: str = "global",
         comparable: bool = False,
         whole: Mapping[str, int] | None = None,
+        eager: float = 0.0,
     ) -> None:
         check_scope(scope)
         candidates = limits.candidates(axes)
-        self.axes, self.limits, self.whole = axes, limits, whole or {}
+        self.axes, self.limits, self.whole, self._eager = axes, limits, whole or {}, eager
         self.widths = [axis for axis in candidates if axis.kind != BRANCH]
         self._scores = {a.name: scores[a.name] if comparable else normalised(scores[a.name]) for a in self.widths}
         self._orders = {name: score.argsort(stable=True) for name, score in self._scores.items()}
@@ -165,7 +168,8 @@ class Ranking:
         worth = torch.stack([scores[b.name].double().sum() / costs[b.name] for b in priced])
         others = torch.cat(list(self._scores.values())) if self._scores else worth
         spread = worth.std(correction=0)
-        worth = (worth - worth.mean()) / (spread if spread > 0 else 1) * others.std(correction=0) + others.mean()
+        standard = (worth - worth.mean()) / (spread if spread > 0 else 1) - self._eager
+        worth = standard * others.std(correction=0) + others.mean()
         return [Unit(float(score), branch, 0) for branch, score in zip(priced, worth, strict=True)]
 
     def keep(self, removed: Iterable[Unit]) -> Keep:
