@@ -8,7 +8,7 @@ Every model is cut to about half of its MACs in these ways, and `realised` = spe
     even x16   the same in multiples of 16 (8 where a model is narrow)
     latency    branches and widths chosen by measured latency, at the latency share that leaves half of the MACs
 
-Weights are random: only shapes matter here. Batch norms are folded on both sides. Full and cut models take turns; medians.
+Weights are random: only shapes matter. Batch norms are folded on both sides. Full and cut models take turns; medians.
 """
 
 import argparse
