@@ -1,0 +1,145 @@
+"""Intrinsic sparse structures of an LSTM language model on WikiText-2 (Wen et al., ICLR 2018).
+
+    python benchmarks/lstm_sparsity.py [--macs 0.35] [--out FOLDER]      writes benchmarks/lstm_sparsity.json
+
+    dense       trained, then trained on for as long as the others
+    learned     the same trained network, sparsified to a share of its multiply-adds, for as many epochs
+    pruned      the same trained network, cut by magnitude to the same share, trained on for as many epochs
+    scratch     the learned shape with random weights, trained for the sum of all those epochs
+
+Words seen less than 60 times are one word. Perplexity on the validation and test files; milliseconds per call on 35
+words in float32, the models taking turns, medians. Training is in bfloat16 where the processor has it. Interrupted runs
+resume.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from data import FOLDER, available
+from torch import fx, nn
+
+import dyncompress as dc
+from dyncompress.compress.losses import cross_entropy
+from dyncompress.compress.rewind import reinit
+from dyncompress.compress.trainer import fit
+from dyncompress.model_zoo import build
+from dyncompress.passes.copying import deep_copy
+from dyncompress.passes.cost import count_macs, count_parameters
+
+HIDDEN, DROPOUT, LR, BATCH, LENGTH = 256, 0.2, 2e-3, 64, 35
+FIRST, SPARSE, FINE = 4, 3, 2
+RESULTS = Path(__file__).with_suffix(".json")
+
+
+def perplexity(model: nn.Module, data: Any) -> float:
+    """exp of the mean loss per word."""
+    result = dc.evaluate(model, data, batch_size=BATCH)
+    assert result.perplexity is not None
+    return round(result.perplexity, 3)
+
+
+def timed(models: dict[str, fx.GraphModule], batch: int, words: int, rounds: int = 40) -> dict[str, float]:
+    """Median milliseconds per call, the models taking turns."""
+    ids = torch.randint(0, words, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for number in range(rounds + 3):
+            for name, model in models.items():
+                begin = time.perf_counter()
+                model(ids)
+                if number >= 3:
+                    taken[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: round(median(ms), 3) for name, ms in taken.items()}
+
+
+def widths(gm: fx.GraphModule) -> list[int]:
+    """The hidden widths of the LSTM's layers."""
+    return [axis.size for axis in dc.infer_axes(gm) if axis.kind == "hidden states"]
+
+
+def make(asked: argparse.Namespace, splits: Any) -> dict[str, fx.GraphModule]:
+    """The four models, each trained or taken from where an interrupted run left it."""
+    amp = "bf16" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
+    options: dict[str, Any] = {"batch_size": BATCH, "seed": asked.seed, "mixed_precision": amp, "progress": True}
+
+    def train(gm: fx.GraphModule, name: str, epochs: int, lr: float = LR) -> fx.GraphModule:
+        run = asked.out / name
+        fit(gm, cross_entropy, splits.train, epochs=epochs, lr=lr, run_dir=run, resume=run.exists(), **options)
+        return gm
+
+    torch.manual_seed(asked.seed)
+    words = len(splits.vocabulary)
+    net = build("lstm-lm", vocabulary=words, width=HIDDEN, hidden=HIDDEN, dropout=DROPOUT)
+    first = train(dc.capture(net, torch.zeros(2, LENGTH, dtype=torch.int64)), "first", FIRST)
+    report("first", {"validation": perplexity(first, splits.calibration)}, asked)
+    more, half = SPARSE + FINE, LR / 2
+    run = asked.out / "learned"
+    learned = dc.sparsify(
+        first, splits.train, macs=asked.macs, epochs=SPARSE, finetune=FINE, shrink_every=1, lr=half, run_dir=run,
+        resume=run.exists(), **options,
+    )  # fmt: skip
+    report("learned", {"validation": perplexity(learned, splits.calibration), "hidden": widths(learned)}, asked)
+    pruned = train(dc.prune(first, macs=asked.macs), "pruned", more, half)
+    report("pruned", {"validation": perplexity(pruned, splits.calibration)}, asked)
+    dense = train(deep_copy(first), "dense", more, half)
+    report("dense", {"validation": perplexity(dense, splits.calibration)}, asked)
+    scratch = train(reinit(learned), "scratch", FIRST + more)
+    return {"dense": dense, "learned": learned, "pruned": pruned, "scratch": scratch}
+
+
+def report(name: str, found: dict[str, Any], asked: argparse.Namespace) -> None:
+    """One line per model as soon as it is there."""
+    print(name, json.dumps(found), flush=True)
+
+
+def main() -> None:
+    """Trains, measures, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--macs", type=float, default=0.35)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("runs/lstm_sparsity"))
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    if not available():
+        raise SystemExit(f"WikiText-2 is not in {FOLDER}")
+    splits = dc.load_data(f"text:{FOLDER / 'wikitext2'}?length={LENGTH}&min_count=60")
+    models = {name: gm.eval() for name, gm in make(asked, splits).items()}
+    whole, rows = count_macs(models["dense"]), {}
+    speed = {batch: timed(models, batch, len(splits.vocabulary)) for batch in (1, 16)}
+    for name, gm in models.items():
+        rows[name] = {
+            "hidden": widths(gm),
+            "macs": round(count_macs(gm) / whole, 4),
+            "parameters": count_parameters(gm),
+            "validation_perplexity": perplexity(gm, splits.calibration),
+            "test_perplexity": perplexity(gm, splits.test),
+            "ms": {str(batch): speed[batch][name] for batch in speed},
+            "speed_up": {str(b): round(speed[b]["dense"] / speed[b][name], 2) for b in speed},
+        }
+        print(name, json.dumps(rows[name]), flush=True)
+    learned = models["learned"].meta["info"]["sparsify"]
+    setting = {
+        "vocabulary": len(splits.vocabulary), "hidden": HIDDEN, "dropout": DROPOUT, "lr": LR, "batch": BATCH,
+        "length": LENGTH, "epochs": {"first": FIRST, "sparsifying": SPARSE, "fine-tuning": FINE}, "seed": asked.seed,
+    }  # fmt: skip
+    result = {
+        "command": f"python benchmarks/lstm_sparsity.py --macs {asked.macs} --threads {asked.threads}",
+        "machine": f"{asked.threads} thread(s), CPU, torch {torch.__version__}",
+        "setting": setting,
+        "learned_share": learned["learned"],
+        "models": rows,
+    }
+    beside = RESULTS.with_suffix(".tmp")
+    beside.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(beside, RESULTS)
+
+
+if __name__ == "__main__":
+    main()
