@@ -33,7 +33,7 @@ from dyncompress.passes.copying import deep_copy
 from dyncompress.passes.cost import count_macs, count_parameters
 
 HIDDEN, DROPOUT, LR, BATCH, LENGTH = 256, 0.2, 2e-3, 64, 35
-FIRST, SPARSE, FINE = 4, 3, 2
+FIRST, SPARSE, FINE = 3, 2, 2
 RESULTS = Path(__file__).with_suffix(".json")
 
 
