@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .passes.capture import capture
     from .passes.exits import InsertExits
     from .passes.fold import FoldBatchNorm
+    from .passes.low_rank import LowRank
     from .passes.plan import Plan, plan
     from .passes.shrink import mask, shrink
     from .runtime.checkpoint import load, read_info, save
@@ -33,6 +34,7 @@ _HOMES = {
     "passes.capture": ("capture",),
     "passes.exits": ("InsertExits",),
     "passes.fold": ("FoldBatchNorm",),
+    "passes.low_rank": ("LowRank",),
     "passes.plan": ("Plan", "plan"),
     "passes.shrink": ("mask", "shrink"),
     "compress.convert": ("convert",),
@@ -60,6 +62,7 @@ __all__ = [
     "ExitPolicy",
     "FoldBatchNorm",
     "InsertExits",
+    "LowRank",
     "Plan",
     "Prediction",
     "RequestError",
