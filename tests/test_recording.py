@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import dyncompress as dc
 from dyncompress.model_zoo.models import ZOO, build, example_input
 from dyncompress.passes import capture as capturing
+from dyncompress.passes import output_shapes
 from dyncompress.passes.recording import Unrecorded
 from dyncompress.passes.varying import recorded
 
@@ -165,3 +166,25 @@ def test_a_loop_over_time_fixes_the_length() -> None:
             return torch.stack([x.tanh() for x in self.embed(ids).unbind(1)], 1)
 
     assert dc.capture(Steps(), torch.randint(0, 9, (2, 6))).meta["inputs"][0]["dynamic"] == [0]
+
+
+@pytest.mark.parametrize("name", ["resnet-digits", "vit-digits", "text-encoder", "msdnet-cifar"])
+def test_known_output_shapes_are_torchs_own(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    seen = 0
+
+    def held(function: Any, rule: Any) -> Any:
+        def both(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            mine = rule(*args, **kwargs)
+            if mine is not None:
+                wanted, seen = function(*args, **kwargs), seen + 1
+                assert (mine.shape, mine.dtype, mine.device) == (wanted.shape, wanted.dtype, wanted.device), function
+                assert mine.is_contiguous() == wanted.is_contiguous(), function
+            return mine
+
+        return both
+
+    for function, rule in output_shapes.OUTPUT_SHAPES.items():
+        monkeypatch.setitem(output_shapes.OUTPUT_SHAPES, function, held(function, rule))
+    dc.capture(build(name).eval(), example_input(name))
+    assert seen > 20

@@ -1,5 +1,6 @@
 """Sums over everything that belongs to each index of an axis, and what every importance is given besides the model."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -67,11 +68,12 @@ def _along(per_element: PerElement, operands: list[Tensor], dim: int) -> Tensor:
     first = operands[0]
     rows = max(1, _BLOCK * len(first) // max(first.numel(), 1))
     others = [d for d in range(first.dim()) if d != dim]
-    parts = []
-    for block in zip(*(x.split(rows) for x in operands), strict=True):
-        values = per_element(*(x.double() for x in block))
-        parts.append(values.sum(others) if others else values)
-    return torch.cat(parts) if dim == 0 else torch.stack(parts).sum(0)
+    sums = (
+        values.sum(others) if others else values
+        for block in zip(*(x.split(rows) for x in operands), strict=True)
+        for values in [per_element(*(x.double() for x in block))]
+    )
+    return torch.cat(list(sums)) if dim == 0 else functools.reduce(Tensor.add_, sums)
 
 
 def parameter_slices(gm: fx.GraphModule, axis: Axis) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
