@@ -4,12 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compress.compare import Comparison, compare
     from .compress.convert import convert
     from .compress.evaluate import evaluate
     from .compress.prune import prune
     from .compress.recalibrate import recalibrate_batchnorm
     from .compress.sparsify import sparsify
     from .compress.stream_prune import prune_checkpoint
+    from .compress.unstructured import as_sparse, prune_weights
     from .errors import DynCompressError, RequestError
     from .model_zoo.data import load_data
     from .passes.axes import Axis, infer_axes
@@ -37,12 +39,14 @@ _HOMES = {
     "passes.low_rank": ("LowRank",),
     "passes.plan": ("Plan", "plan"),
     "passes.shrink": ("mask", "shrink"),
+    "compress.compare": ("Comparison", "compare"),
     "compress.convert": ("convert",),
     "compress.evaluate": ("evaluate",),
     "compress.prune": ("prune",),
     "compress.stream_prune": ("prune_checkpoint",),
     "compress.recalibrate": ("recalibrate_batchnorm",),
     "compress.sparsify": ("sparsify",),
+    "compress.unstructured": ("as_sparse", "prune_weights"),
     "runtime.checkpoint": ("load", "read_info", "save"),
     "runtime.dynamic": ("DynamicModel", "Prediction"),
     "runtime.onnx_export": ("export_onnx",),
@@ -57,6 +61,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Axis",
+    "Comparison",
     "DynCompressError",
     "DynamicModel",
     "ExitPolicy",
@@ -67,8 +72,10 @@ __all__ = [
     "Prediction",
     "RequestError",
     "Verification",
+    "as_sparse",
     "capture",
     "capture_empty",
+    "compare",
     "convert",
     "evaluate",
     "export_onnx",
@@ -79,6 +86,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_checkpoint",
+    "prune_weights",
     "read_info",
     "recalibrate_batchnorm",
     "save",

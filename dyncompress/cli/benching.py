@@ -7,10 +7,10 @@ import torch
 from rich.console import Console
 
 from ..compress.batches import call
+from ..compress.measure import measure
 from ..errors import RequestError
 from ..runtime.recipe import Recipe
 from . import tables
-from .measure import measure
 from .subject import Subject, load_splits, prepare
 
 
@@ -28,7 +28,7 @@ def bench_models(recipes: Sequence[Recipe], console: Console, *, allow_pickle: b
         _check_takes(recipe.model, subject, example)
     modules = {f"{number}": subject.module for number, subject in enumerate(subjects, 1)}
     graphs = {f"{number}": subject.graph for number, subject in enumerate(subjects, 1)}
-    entries = measure(modules, graphs, example, data, subjects[0].device)
+    entries = measure(modules, graphs, example, data.test if data else None, subjects[0].device)
     names = [recipe.model for recipe in recipes]
     shown = {f"{number} {name}": entry for (number, entry), name in zip(entries.items(), names, strict=True)}
     where = f"on {recipes[0].data or 'random inputs'}, {subjects[0].device}"

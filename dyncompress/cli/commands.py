@@ -11,7 +11,7 @@ from ..errors import RequestError
 from ..runtime.recipe import Convert, Export, Prune, Recipe, Sparsify, Step, read_recipe
 from .app import app, printing
 from .folders import choose_folder
-from .options import DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions
+from .options import CompareOptions, DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions
 
 app.version = __version__
 
@@ -22,7 +22,7 @@ Flat = Parameter(name="*")
 
 _CONVERT, _PRUNE, _SPARSIFY = Convert(), Prune(), Sparsify()
 _SOURCE, _DATA, _FOLDER = ModelOptions(), DataOptions(), FolderOptions()
-_STREAM = StreamOptions()
+_STREAM, _COMPARE = StreamOptions(), CompareOptions()
 
 
 @app.command
@@ -100,6 +100,31 @@ def sparsify(
         verbose: Show every layer of a large model.
     """
     _run("sparsify", _recipe(model, (step,), source, data), folder, json, source.allow_pickle, verbose)
+
+
+@app.command
+def compare(
+    model: Model,
+    /,
+    *,
+    options: Annotated[CompareOptions, Flat] = _COMPARE,
+    source: Annotated[ModelOptions, Flat] = _SOURCE,
+    data: Annotated[DataOptions, Flat] = _DATA,
+    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    json: JsonFlag = False,
+) -> None:
+    """Prunes structure, cuts ranks and zeroes single weights to the same shares of the parameters: accuracy, speed."""
+    from .comparing import compare_methods
+    from .models import short_name
+
+    where = choose_folder("compare", short_name(model), folder.out, resume=folder.resume, overwrite=folder.overwrite)
+    with printing(json) as printer:
+        recipe = _recipe(model, (), source, data)
+        printer.result(
+            compare_methods(
+                recipe, options, where, printer.console, resume=folder.resume, allow_pickle=source.allow_pickle
+            )
+        )
 
 
 @app.command

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from torch import fx
 
+from ..compress.measure import graph_of, measure
 from ..errors import DynCompressError, RequestError
 from ..runtime import checkpoint
 from ..runtime.dynamic import DynamicModel
 from ..runtime.recipe import Export, Recipe
 from . import folders, results
 from .exporting import check_report, write_onnx
-from .measure import graph_of, measure
 from .steps import check_order, check_request, result_name, take
 from .subject import Subject, load_splits, prepare
 
@@ -52,17 +52,19 @@ def run_recipe(
     if not subject.trained:
         status.print(f"note: {recipe.model} has random weights", markup=False)
     folders.begin(folder, str(recipe), resume=resume)
-    with _explained(folder):
+    with explained(folder):
         captured, exported = _take_steps(recipe, subject, folder, status)
         status.print("measuring accuracy and wall clock")
         graphs = {name: graph_of(model) for name, model in captured.items()}
         models = {**captured, next(iter(captured)): subject.module}  # the first is timed as the user has it
-        entries = measure(models, graphs, subject.example_inputs, subject.data, subject.device)
+        test = subject.data.test if subject.data is not None else None
+        entries = measure(models, graphs, subject.example_inputs, test, subject.device)
         return results.write(recipe, folder, captured, {**exported, **entries}, subject)
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
+    """What stops a run in `folder`, in the user's words; a wrong request leaves no folder behind."""
     try:
         yield
     except RequestError:

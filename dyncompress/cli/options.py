@@ -63,6 +63,20 @@ JsonFlag = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """What is compared, and how it is trained."""
+
+    shares: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.5, 0.25)
+    """Shares of the parameters that stay, such as 0.5 0.25."""
+    finetune: int = 1
+    """Epochs of training of every compared model."""
+    lr: float = 1e-3
+    """Peak learning rate of that training."""
+    batch_size: int = 128
+    """Samples per step of that training."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StreamOptions:
     """How to prune what is larger than memory."""
 

@@ -1,5 +1,5 @@
 """Pictures: of a dynamic model, accuracy against MACs and how many samples each exit answers; of a pruned one, what was
-kept."""
+kept; of a comparison, accuracy against wall clock."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +40,27 @@ def plot_curve(
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
+    figure.savefig(path)
+
+
+def plot_methods(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes accuracy against the wall clock of one sample as PNG: a line per method, a point per share.
+
+    entries: by name, with method, share, accuracy and latency_ms; method "static" is the original.
+    """
+    figure, axes = _figure()
+    methods: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in entries.values():
+        methods.setdefault(entry["method"], []).append(entry)
+    for method, points in methods.items():
+        ms, accuracy = [p["latency_ms"]["1"] for p in points], [100 * p["accuracy"] for p in points]
+        axes.plot(ms, accuracy, *(("ks",) if method == "static" else ("o-",)), label=method)
+        for point, x, y in zip(points, ms, accuracy, strict=True):
+            axes.annotate(f"{point['share']:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="wall clock, one sample (ms)", ylabel="test accuracy (%)")
+    axes.set_xlim(0, 1.1 * max(entry["latency_ms"]["1"] for entry in entries.values()))
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path)
 
 

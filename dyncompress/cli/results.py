@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from torch import fx
 
+from ..compress.measure import graph_of
 from ..runtime import checkpoint
 from ..runtime.dynamic import DynamicModel
 from ..runtime.recipe import Recipe
 from . import folders, layers, plots, tables
 from .exporting import show_check
-from .measure import graph_of
 from .subject import Subject
 from .tradeoff import tradeoff
 

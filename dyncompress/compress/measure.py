@@ -10,11 +10,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset
 
-from ..compress.batches import LabelledData, placed
-from ..compress.evaluate import evaluate, latency_inputs, measure_latency
-from ..model_zoo.data import Splits
 from ..passes.cost import count_bytes, count_macs, count_parameters
 from ..runtime.dynamic import DynamicModel
+from .batches import LabelledData, placed
+from .evaluate import evaluate, latency_inputs, measure_latency
 
 LATENCY_BATCHES = {1: 32, 256: 2}  # batch size -> how many different batches
 _REPEATS = 3
@@ -24,22 +23,25 @@ def measure(
     models: Mapping[str, nn.Module],
     graphs: Mapping[str, fx.GraphModule],
     example_inputs: Any,
-    data: Splits | None,
+    test: LabelledData | None,
     device: torch.device,
+    batches: Mapping[int, int] = LATENCY_BATCHES,
+    repeats: int = _REPEATS,
 ) -> dict[str, dict[str, Any]]:
-    """One entry of the report per model, all judged on the test split and timed on the same inputs.
+    """One entry of the report per model, all judged on the test data and timed on the same inputs.
 
-    `graphs` are the same models captured, to count MACs on. Without data, accuracy and mean_macs are None and the
-    example inputs are timed.
+    `graphs` are the same models captured, to count MACs on; `batches` are the batch sizes to time, and how many
+    batches of each, `repeats` how often each. Without data, accuracy and mean_macs are None and the example inputs are
+    timed.
     """
-    entries = {name: _entry(model, graphs[name], data, device) for name, model in models.items()}
-    for name, by_batch in _latencies(models, example_inputs, data, device).items():
+    entries = {name: _entry(model, graphs[name], test, device) for name, model in models.items()}
+    for name, by_batch in _latencies(models, example_inputs, test, device, batches, repeats).items():
         entries[name]["latency_ms"] = {str(batch): ms for batch, ms in by_batch.items()}
     return entries
 
 
-def _entry(model: nn.Module, graph: fx.GraphModule, data: Splits | None, device: torch.device) -> dict[str, Any]:
-    found = evaluate(model, data.test, device=device) if data is not None else None
+def _entry(model: nn.Module, graph: fx.GraphModule, test: LabelledData | None, device: torch.device) -> dict[str, Any]:
+    found = evaluate(model, test, device=device) if test is not None else None
     accuracy = found.accuracy if found is not None else None
     size: dict[str, Any] = {"parameters": count_parameters(model), "bytes": count_bytes(model)}
     if found is not None and found.perplexity is not None:
@@ -57,14 +59,19 @@ def _unused_exits(model: DynamicModel) -> list[dict[str, Any]]:
 
 
 def _latencies(
-    models: Mapping[str, nn.Module], example_inputs: Any, data: Splits | None, device: torch.device
+    models: Mapping[str, nn.Module],
+    example_inputs: Any,
+    test: LabelledData | None,
+    device: torch.device,
+    batches: Mapping[int, int],
+    repeats: int,
 ) -> dict[str, dict[int, float]]:
-    if data is not None:
-        inputs = latency_inputs(_at_least(data.test, max(LATENCY_BATCHES)), LATENCY_BATCHES, device)
+    if test is not None:
+        inputs = latency_inputs(_at_least(test, max(batches)), batches, device)
     else:
-        inputs = {size: [_resized(example_inputs, size, device)] for size in LATENCY_BATCHES}
+        inputs = {size: [_resized(example_inputs, size, device)] for size in batches}
     with _running(models, device) as calls:
-        return measure_latency(calls, inputs, _REPEATS)
+        return measure_latency(calls, inputs, repeats)
 
 
 def graph_of(model: fx.GraphModule | DynamicModel) -> fx.GraphModule:

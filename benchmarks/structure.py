@@ -1,0 +1,35 @@
+"""Why structure wins: structured pruning, low rank and single zeros at equal parameters, accuracy against wall clock.
+
+    python benchmarks/structure.py      writes benchmarks/structure.json and benchmarks/structure-MODEL.png
+
+One epoch of fine-tuning each, one thread, on the embedded digits.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+import dyncompress as dc
+from dyncompress.cli.plots import plot_methods
+from dyncompress.model_zoo.models import load
+
+MODELS = ("vgg-digits", "lstm-digits")
+SHARES = (0.5, 0.25)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    path, report = Path(__file__).with_suffix(".json"), {}
+    data = dc.load_data("digits")
+    for name in MODELS:
+        found = dc.compare(load(name), data.train, data.test, shares=SHARES, device="cpu", progress=True)
+        report[name] = {**found.entries, "left_out": found.left_out}
+        plot_methods(path.with_name(f"structure-{name}.png"), found.entries)
+        for entry, values in found.entries.items():
+            print(f"{name} {entry}: {100 * values['accuracy']:.2f} %, {values['latency_ms']['1']:.2f} ms", flush=True)
+    path.write_text(json.dumps({"torch": torch.__version__, "models": report}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
