@@ -1,6 +1,6 @@
 """Both libraries behind one interface: halve every axis that can shrink, and hold the result to the masked original.
 
-Ours            capture + infer_axes + l2_scores + shrink of every prunable axis to its better half.
+Ours            capture + infer_axes + l2_scores + shrink_axes of every prunable axis to its better half, as `prune` does.
 Torch-Pruning   its documented high-level use: BasePruner with MagnitudeImportance(p=2), pruning_ratio=0.5, the final
                 classifier ignored, no per-model hints; then one step().
 
@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dyncompress.compress.importance import l2_scores
-from dyncompress.passes.axes import infer_axes
+from dyncompress.passes.axes import as_keep, infer_axes
 from dyncompress.passes.capture import capture, split_inputs
-from dyncompress.passes.shrink import mask, shrink
+from dyncompress.passes.shrink import mask, shrink, shrink_axes
 
 Stage = Callable[[str], None]
 Seconds = dict[str, float]
@@ -66,7 +66,7 @@ class Ours:
         with _timed(seconds, "score", stage):
             keep = _better_half(gm, axes.prunable)
         with _timed(seconds, "shrink", stage):
-            return shrink(gm, keep)
+            return shrink_axes(axes, as_keep(axes, keep))
 
     def masked_and_small(self, model: nn.Module, inputs: Any) -> tuple[nn.Module, nn.Module]:
         """The masked original and the shrunk model, both with the old counts in norms."""
