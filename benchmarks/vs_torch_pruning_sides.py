@@ -1,6 +1,6 @@
 """Both libraries behind one interface: halve every axis that can shrink, and hold the result to the masked original.
 
-Ours            capture + infer_axes + l2_scores + shrink_axes of every prunable axis to its better half, as `prune` does.
+Ours            capture + infer_axes + l2_scores + shrink_axes of every prunable axis to its better half, like `prune`.
 Torch-Pruning   its documented high-level use: BasePruner with MagnitudeImportance(p=2), pruning_ratio=0.5, the final
                 classifier ignored, no per-model hints; then one step().
 
