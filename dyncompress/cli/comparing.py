@@ -42,7 +42,7 @@ def compare_methods(
     """
     if recipe.data is None:
         raise RequestError("compare trains and judges on data: give labelled data, such as --data digits")
-    text = str(recipe) + yaml.safe_dump({f"compare_{k}": _plain(v) for k, v in asdict(options).items()})
+    text = str(recipe) + yaml.safe_dump({"compare": asdict(options)}, sort_keys=False, default_flow_style=None)
     if resume and (folder / folders.REPORT).exists():
         folders.begin(folder, text, resume=True)
         report: dict[str, Any] = json.loads((folder / folders.REPORT).read_text(encoding="utf-8"))
@@ -93,7 +93,3 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     for name, reason in report["left_out"].items():
         console.print(f"left out: {name}: {escape(reason)}", highlight=False)
     console.print(f"models: {report['run_dir']}", soft_wrap=True, markup=False, highlight=False)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

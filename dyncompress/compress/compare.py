@@ -22,6 +22,7 @@ from .recalibrate import recalibrate_batchnorm
 from .trainer import fit
 from .unstructured import SparseLinear, as_sparse, hold_zeros, prune_weights, weights_of
 
+UNSTRUCTURED = "unstructured"
 _INPUTS, _REPEATS = {1: 2}, 50  # by batch size: different batches that are timed; and how often each is
 
 
@@ -101,11 +102,8 @@ def _train(small: fx.GraphModule, data: LabelledData, method: str, seed: int, tr
         fit(small, cross_entropy, data, after_step=held, seed=seed, **training)
 
 
-UNSTRUCTURED = "unstructured"
-
-
 def _jobs(shares: Sequence[float]) -> dict[str, tuple[str, float]]:
-    return {f"{method}-{share:g}": (method, share) for share in shares for method in _METHODS}
+    return {f"{method}-{share}": (method, share) for share in shares for method in _METHODS}
 
 
 def _low_rank(gm: fx.GraphModule, share: float) -> fx.GraphModule:
@@ -118,12 +116,10 @@ def _structured(gm: fx.GraphModule, share: float) -> fx.GraphModule:
 
 def _unstructured(gm: fx.GraphModule, share: float) -> fx.GraphModule:
     """Zeros among the weights, as many as make up the share of all parameters."""
-    zeros = (1 - share) * count_parameters(gm)
-    weights = sum(weight.numel() for weight in weights_of(gm).values())
+    whole, weights = count_parameters(gm), sum(weight.numel() for weight in weights_of(gm).values())
+    zeros = (1 - share) * whole
     if zeros > weights:
-        raise RequestError(
-            f"{share:g} is out of reach: only {weights} of {count_parameters(gm)} parameters are weights"
-        )
+        raise RequestError(f"params={share} is out of reach: only {weights} of {whole} parameters are weights")
     return prune_weights(gm, zeros / weights)
 
 
