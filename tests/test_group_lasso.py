@@ -139,9 +139,9 @@ def test_held_groups_stay_zero_and_spared_ones_are_left_alone(gm: torch.fx.Graph
     axes = dc.infer_axes(gm)
     lasso = GroupLasso(axes, ("hidden states",))
     at = lasso.groups.of_axis["lstm.weight_ih_l1:0.1"]
-    zero, spared = torch.zeros(2, len(lasso), dtype=torch.bool)
-    zero[at.start], spared[at.start + 1] = True, True
-    lasso.hold(zero, spared)
+    zero, pull = torch.zeros(len(lasso), dtype=torch.bool), torch.ones(len(lasso))
+    zero[at.start], pull[at.start + 1] = True, 0.0
+    lasso.hold(zero, pull)
     lasso.proximal_(1e9)
     assert not lasso.norms()[:-7].any() and lasso.live[at].tolist() == [False, True, *[False] * 5]
     with torch.no_grad():

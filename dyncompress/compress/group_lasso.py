@@ -101,10 +101,11 @@ class GroupLasso:
                 view.mul_(next(along).view([size if dim in link.dims else 1 for dim, size in enumerate(link.view)]))
         return factors[:-1] == 0
 
-    def hold(self, zero: Tensor, spared: Tensor) -> None:
-        """From now on the groups in `zero`, (groups,) bool, stay zero, and those in `spared` are not shrunk."""
+    def hold(self, zero: Tensor, pull: Tensor) -> None:
+        """From now on the groups in `zero`, (groups,) bool, stay zero, and the lambdas of the others are multiplied by
+        `pull`, (groups,): adaptive weights, Wang & Leng, Comput. Stat. Data Anal. 2008."""
         self._held[:-1] = zero
-        self._weights[:-1] = self.weights.masked_fill(spared, 0)
+        self._weights[:-1] = self.weights * pull
 
     def _divided(self) -> Iterator[tuple[nn.Parameter, list[Link]]]:
         """Each parameter and its links in one view; again with those in another."""

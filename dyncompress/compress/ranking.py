@@ -114,7 +114,7 @@ class Ranking:
     """Every unit of a model in the order in which they go.
 
     Args:
-        scores: by axis name, shape (size,).
+        scores: by axis name, shape (size,); an axis without scores stays whole.
         branch_cost: the share of the target that removing one branch saves.
         comparable: the scores of different axes can be compared as they are.
         whole: the sizes by axis name that floor and ceiling are shares of, where the model is smaller already.
@@ -134,7 +134,7 @@ class Ranking:
         eager: float = 0.0,
     ) -> None:
         check_scope(scope)
-        candidates = limits.candidates(axes)
+        candidates = [axis for axis in limits.candidates(axes) if axis.name in scores]
         self.axes, self.limits, self.whole, self._eager = axes, limits, whole or {}, eager
         self.widths = [axis for axis in candidates if axis.kind != BRANCH]
         self._scores = {a.name: scores[a.name] if comparable else normalised(scores[a.name]) for a in self.widths}

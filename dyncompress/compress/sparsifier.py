@@ -1,8 +1,9 @@
 """What group lasso does in the training loop: shrinks groups after every step, takes out what is zero between epochs.
 
-At a *check*, some fifty times while sparsifying, groups that are zero are held there, and the strongest indices of
-every axis, its floor, are spared. With a target, lambda is set anew, or to zero once the target is reached; close to
-it, every step that makes a group zero is followed by a check.
+At a *check*, some fifty times while sparsifying, groups that are zero are held there. With a target, it is then asked
+anew which groups have to go and how strong lambda must be for each, until the target is reached; close to it, every
+step that makes a group zero is followed by a check. Without one, the strongest indices of every axis, its floor, are
+spared.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +21,15 @@ from .budget import COUNTS, measure
 from .group_lasso import GroupLasso
 from .groups import check_kinds
 from .kept import Kept
-from .ranking import Limits
-from .strength import horizon, keep_without, spared, weakest
+from .ranking import Limits, default_scope
+from .search import choose
+from .strength import doomed, horizon, keep_without, pulls, spared
 from .surgery import Surgery, operate
 from .trainer import LossFunction
 
 _CHECKS = 50  # while sparsifying
 _NEAR = 0.1  # share of the first model above the target
+_TINY = 1e-30
 _LAMBDAS = 2  # lambda is set at every second of them: finding it counts the model about ten times
 
 
@@ -128,7 +131,7 @@ class Sparsifier:
             return None
         left = self._left(zero)
         if last and self.asked.target is not None and left > self.asked.target:
-            self.learned, zero = left, zero | self._weakest(self.asked.target)
+            self.learned, zero = left, zero | self._doomed(self.asked.target)
         keep = keep_without(self._axes, self.lasso, zero)
         if not keep:
             return None
@@ -149,7 +152,7 @@ class Sparsifier:
             "near": self._near,
             "learned": self.learned,
             "zero": self._zero,
-            "spared": self._spared,
+            "pull": self._pull,
             "average": self.average,
         }
 
@@ -162,7 +165,7 @@ class Sparsifier:
         self.surgeries, self.strength, self.learned = state["surgeries"], state["strength"], state["learned"]
         self._reached, self._near = state["reached"], state["near"]
         device = self.lasso.sizes.device
-        self._hold(state["zero"].to(device), state["spared"].to(device))
+        self._hold(state["zero"].to(device), state["pull"].to(device))
         self.average = {name: average.to(device) for name, average in state["average"].items()}
 
     @torch.no_grad()
@@ -184,14 +187,14 @@ class Sparsifier:
     # --- the model as it is -------------------------------------------------------------------------------------------
 
     def _take(self, gm: fx.GraphModule) -> None:
-        """Finds the groups of a model; until the next check none is held, and the strongest are spared."""
+        """Finds the groups of a model; with a target none is pulled until the next check."""
         self.model, self._axes = gm, infer_axes(gm)
         candidates = self.asked.limits.candidates(self._axes)
         self.lasso = GroupLasso(self._axes, self.asked.kinds, candidates=candidates)
         self._share = COUNTS[self.asked.metric](gm) / self._amount
         self._measured = measure(self._axes, self.asked.metric, candidates)
-        norms = self.lasso.norms()
-        self._hold(norms == 0, spared(self._axes, self.lasso, norms, self.asked.limits, self._sizes))
+        zero = ~self.lasso.live
+        self._hold(zero, self._floors() if self.asked.target is None else torch.zeros_like(self.lasso.sizes))
 
     def _follow(self, surgery: Surgery) -> None:
         self.kept.cut(surgery.plan)
@@ -199,64 +202,65 @@ class Sparsifier:
             self.average = surgery.plan(self.average)
         self._take(surgery.model)
 
-    def _hold(self, zero: Tensor, spare: Tensor) -> None:
-        self._zero, self._spared = zero, spare
-        self.lasso.hold(zero, spare)
+    def _hold(self, zero: Tensor, pull: Tensor) -> None:
+        self._zero, self._pull = zero, pull
+        self.lasso.hold(zero, pull)
+
+    def _floors(self) -> Tensor:
+        """(groups,): 0 for the strongest indices of every axis, as many as its floor, 1 for all others."""
+        return 1.0 - spared(self._axes, self.lasso, self.lasso.norms(), self.asked.limits, self._sizes).float()
 
     def _left(self, zero: Tensor) -> float:
         """The share of the first model that is left without some groups."""
         keep = as_keep(self._axes, keep_without(self._axes, self.lasso, zero))
         return self._share * (self._measured(keep) if keep else 1.0)
 
-    def _removable(self) -> Tensor:
-        """(groups,) bool: all that may go at once, the floors left."""
-        result = torch.zeros_like(self._spared)
-        for at in self.lasso.groups.of_axis.values():
-            result[at] = True
-        return result & ~self._spared
-
     # --- how strong ---------------------------------------------------------------------------------------------------
 
     def _check(self, step: int) -> None:
-        norms = self.lasso.norms()
-        self._hold(norms == 0, spared(self._axes, self.lasso, norms, self.asked.limits, self._sizes))
-        left = self._left(self._zero)
-        self.progress = {"live": f"{int((~self._zero).sum())}/{len(self.lasso)}", self.asked.metric: f"{left:.3f}"}
-        if self.asked.target is None:
+        target, zero = self.asked.target, ~self.lasso.live
+        left = self._left(zero)
+        self.progress = {"live": f"{int((~zero).sum())}/{len(self.lasso)}", self.asked.metric: f"{left:.3f}"}
+        self._hold(zero, self._floors() if target is None else self._pull)
+        if target is None:
             return
-        self._near = left <= self.asked.target + _NEAR
-        if left <= self.asked.target:
+        self._near = left <= target + _NEAR
+        if left <= target:
             self._reached, self.strength = True, 0.0
-        elif step % (_LAMBDAS * self._every) == 0:
-            self.strength = max(self.strength, self._reach(self.asked.target) / horizon(self._lrs, step))
+        elif step % (_LAMBDAS * self._every) == 0 or not self._pull.any():
+            self._aim()
+            self.strength = max(self.strength, self._strongest / horizon(self._lrs, step))
 
-    def _rms(self) -> Tensor:
-        return self.lasso.norms() / self.lasso.weights
+    def _aim(self) -> None:
+        """Finds out which groups have to go, and how strong each is pulled."""
+        assert self.asked.target is not None
+        pull = pulls(self.lasso, self.lasso.norms() / self.lasso.weights, self._doomed(self.asked.target))
+        self._strongest = float(pull.max())
+        self._hold(self._zero, pull / max(self._strongest, _TINY))
 
-    def _reach(self, target: float) -> float:
-        return weakest(self._rms(), self._removable(), self._left, target)
-
-    def _weakest(self, target: float) -> Tensor:
-        return self._removable() & (self._rms() <= self._reach(target))
+    def _doomed(self, target: float) -> Tensor:
+        """(groups,) bool: what pruning would remove now."""
+        norms = self.lasso.norms().cpu()
+        scores = {name: norms[at] for name, at in self.lasso.groups.of_axis.items()}
+        scope = default_scope(self.asked.metric, self.asked.limits.depth)
+        asked: dict[str, Any] = {"scope": scope, "whole": self._sizes}
+        keep = choose(self._axes, scores, self.asked.metric, target / self._share, self.asked.limits, **asked)
+        return doomed(self._axes, self.lasso, keep)
 
     def _from_ratio(self, ratio: float) -> float:
         assert self._first_loss is not None
         return ratio * float(reduce(self._first_loss, "mean")) / float(self.lasso.penalty().detach())
 
     def _check_request(self) -> None:
-        everything = self._removable()
+        everything = torch.zeros_like(self._zero)
+        for at in self.lasso.groups.of_axis.values():
+            everything[at] = self._floors()[at] > 0
         if self.asked.target is not None and not everything.any():
             raise RequestError(
                 f"{self.asked.metric}={self.asked.target:.4g} needs groups that can be taken out: add axes or layers "
                 "to kinds, or lower floor"
             )
         keep = as_keep(self._axes, keep_without(self._axes, self.lasso, everything))
-        least = self._measured(keep) if keep else 1.0
-        if self.asked.target is not None and least > self.asked.target:
-            raise RequestError(
-                f"{self.asked.metric}={self.asked.target:.4g} is out of reach: with floor={self.asked.limits.floor} at "
-                f"least {least:.3f} stays; lower floor, ignore less, or add kinds"
-            )
         _check_counts(self._axes, keep)
 
 

@@ -62,8 +62,8 @@ def sparsify(
     Args:
         model: any model `capture` takes, or an already captured one; trained or not.
         data: map-style, of (inputs, label); labels as `loss_fn` wants them.
-        macs, params: the share of multiply-adds or parameters that stays, in (0, 1]: lambda is raised until it is
-            reached and is zero from then on. Groups still in the way after the last of `epochs` are cut, weakest first.
+        macs, params: the share of multiply-adds or parameters that stays, in (0, 1]: lambda is zero for what pruning
+            would keep and takes the rest to zero in time (`strength`). Groups still there after `epochs` are cut.
         strength: instead, lambda by hand. A step takes lr * lambda off the root mean square of each group. With SGD it
             is the factor of the penalty in the loss; Adam's steps do not grow with the loss, and call for .01 to 1.
         penalty_ratio: instead, lambda so that the penalty is this share of the loss at the first step; PruneTrain takes

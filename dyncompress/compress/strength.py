@@ -1,17 +1,19 @@
 """How strong the group lasso has to be: lambda as the training goes.
 
 A step of learning rate lr takes lr * lambda off the root mean square r_g = ||w_g|| / sqrt|g| of every group that no
-gradient holds up. So with a target, if the weakest groups whose removal meets it reach up to r, and the learning rates
-of the steps up to a deadline sum to s, then
+gradient holds up. One lambda for all groups, small for a long time, is group lasso as published. A target and an end
+leave less time: before small groups were zero, large ones would be crushed. So with a target lambda is adaptive: it is
+zero for the groups that pruning would keep now, and for those of axis a that it would remove, up to r_a strong,
 
-    lambda = r / s
+    lambda_a = r_a / s
 
-takes them all to zero just in time; what gradients hold up makes the next lambda larger. The deadline lies before the
-end, and s is at least a tenth of the sum over all sparsifying steps, and ten steps: what has not gone at the end is cut
-rather than crushed together with all the rest.
+with s the sum of the learning rates up to a deadline. That takes them to zero just in time. It is asked anew again and
+again which ones they are, so that what gradients hold up may stay; the largest lambda_a never falls. The deadline lies
+before the end, and s is at least a tenth of the sum over all sparsifying steps, and ten steps: what has not gone at the
+end is cut.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch import Tensor
 from ..passes.axes import Axes
 from ..passes.kinds import BRANCH
 from .group_lasso import GroupLasso
-from .ranking import Limits, dead_axes
+from .ranking import Keep, Limits, dead_axes
 
 _DEADLINE = 0.6  # of the sparsifying steps
 _HORIZON, _STEPS = 0.1, 10
@@ -56,17 +58,23 @@ def spared(axes: Axes, lasso: GroupLasso, norms: Tensor, limits: Limits, whole: 
     return result
 
 
-def weakest(rms: Tensor, candidates: Tensor, left: Callable[[Tensor], float], target: float) -> float:
-    """The least r so that at most `target` is left without the `candidates` of root mean square r and below; infinite
-    when all of them are not enough.
+def doomed(axes: Axes, lasso: GroupLasso, keep: Keep) -> Tensor:
+    """(groups,) bool: what is not kept; `keep` are kept indices by atom."""
+    result = torch.zeros(len(lasso), dtype=torch.bool)
+    for name, at in lasso.groups.of_axis.items():
+        kept = keep.get(axes[name].atom)
+        if kept is not None:
+            result[at] = True
+            result[torch.arange(at.start, at.stop)[kept]] = False
+    return result.to(lasso.sizes.device)
 
-    Args:
-        rms: (groups,). candidates: (groups,) bool, those that may go. left: of a mask of groups that go.
-    """
-    values = rms[candidates].unique()
-    low, high = 0, len(values)
-    while low < high:
-        middle = (low + high) // 2
-        enough = left(candidates & (rms <= values[middle])) <= target
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return float(values[high]) if high < len(values) else float("inf")
+
+def pulls(lasso: GroupLasso, rms: Tensor, goes: Tensor) -> Tensor:
+    """r_a of each group's axis where the group `goes`, 0 where it does not; other groups, of no axis, have the mean."""
+    result, other = torch.zeros_like(rms), torch.ones_like(goes)
+    for at in lasso.groups.of_axis.values():
+        other[at] = False
+        if goes[at].any():
+            result[at] = torch.where(goes[at], rms[at][goes[at]].max(), 0.0)
+    result[other] = result[goes].mean() if goes.any() else 0.0
+    return result
