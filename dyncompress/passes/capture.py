@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RequestError
 from .lift import lift
-from .modes import untouched
+from .modes import evaluating, untouched
 from .recording import Unrecorded
 from .recurrent import opaque_recurrent_layers
 from .varying import recorded
@@ -100,17 +100,13 @@ def _dynamic_dims(leaf: Any) -> dict[int, Any] | None:
 @contextmanager
 def _capture_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, gradients on (so that no fused inference kernel is taken), everything restored afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        model.eval()
-        with torch.enable_grad(), opaque_recurrent_layers():
+        with evaluating(model), torch.enable_grad(), opaque_recurrent_layers():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, training in modes:
-            module.training = training
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:

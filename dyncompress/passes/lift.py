@@ -102,7 +102,7 @@ def _drop_assertions(graph: fx.Graph) -> None:
 
 def _copied_tensors(graph: fx.Graph, owner: nn.Module, model: nn.Module) -> dict[int, Tensor]:
     """id of every tensor of the model or the graph's owner -> its copy."""
-    found = [*model.parameters(), *model.buffers(), *owner.parameters(), *owner.buffers()]
+    found = [tensor for root in dict.fromkeys((model, owner)) for tensor in (*root.parameters(), *root.buffers())]
     for node in graph.find_nodes(op="get_attr"):
         value = _get(owner, node.target)
         if isinstance(value, Tensor):

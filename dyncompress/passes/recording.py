@@ -214,13 +214,20 @@ def _without_values(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """
     empty: dict[int, Tensor] = {}
     with untouched(model):
-        for module in model.modules():
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for module in dict.fromkeys(modules.values()):
             for kind in (module._parameters, module._buffers):
                 for name, tensor in kind.items():
-                    if tensor is not None:
-                        kind[name] = empty.setdefault(id(tensor), _empty(tensor))  # type: ignore[assignment]
-        before = [(m, dict(vars(m)), set(m._buffers)) for m in model.modules()]
-        yield dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+                    if tensor is not None and id(tensor) not in empty:
+                        empty[id(tensor)] = _empty(tensor)
+                    kind[name] = tensor if tensor is None else empty[id(tensor)]
+        before = [(m, dict(vars(m)), set(m._buffers)) for m in modules.values()]
+        yield {
+            f"{path}.{name}".lstrip("."): tensor
+            for path, module in modules.items()
+            for name, tensor in {**module._parameters, **module._buffers}.items()
+            if tensor is not None
+        }
         for module, attributes, buffers in before:
             added = [k for k, v in vars(module).items() if isinstance(v, Tensor) and attributes.get(k) is not v]
             if added or set(module._buffers) != buffers:
