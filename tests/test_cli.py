@@ -450,7 +450,7 @@ def start(command: str, folder: Path) -> subprocess.Popen[str]:
 
 def test_ctrl_c_and_resume_in_a_process_of_its_own(weights: Path) -> None:
     folder = Path.cwd()
-    command = "convert NET DATA --exits 1 --epochs 400 --macs 0.9 --out run --json"
+    command = "convert NET DATA --exits 1 --epochs 4000 --macs 0.9 --out run --json"
     process = start(command, folder)
     state = Path("run/steps/1-convert/training.pt")
     patience = time.monotonic() + 60
