@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from ..errors import RequestError
 from ..passes.capture import split_inputs
@@ -37,6 +37,16 @@ def unpack(batch: Any) -> tuple[Any, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise RequestError("the dataset must yield pairs (input, int label)")
     return batch[0], batch[1]
+
+
+def examples_of(data: LabelledData) -> Any:
+    """The inputs of two samples (of the only one, twice) as one batch: what `capture` needs.
+
+    Raises:
+        RequestError: no data, or it does not yield (input, label) pairs.
+    """
+    size = size_of(data, "training")
+    return unpack(default_collate([data[index % size] for index in range(2)]))[0]
 
 
 def in_order(data: LabelledData, batch_size: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.data import default_collate
 
 from ..errors import RequestError
 from ..passes.capture import capture
 from ..passes.cost import count_parameters
 from ..passes.low_rank import LowRank
-from .batches import LabelledData, device_of_model, size_of, unpack
+from .batches import LabelledData, device_of_model, examples_of
 from .losses import cross_entropy
 from .measure import measure
 from .prune import RECALIBRATION_BATCHES, prune
@@ -76,7 +75,7 @@ def compare(
         raise RequestError(f"shares are the parts of the parameters that stay, each above 0 and below 1; got {shares}")
     if finetune < 0:
         raise RequestError(f"finetune is a number of epochs, 0 or more; got {finetune}")
-    examples = unpack(default_collate([train[index % size_of(train, "training")] for index in range(2)]))[0]
+    examples = examples_of(train)
     gm = capture(model, examples)
     models, kinds, left_out = {"static": gm}, {"static": ("static", 1.0)}, dict[str, str]()
     training = {"epochs": finetune, "lr": lr, "batch_size": batch_size, "device": device, "resume": resume}

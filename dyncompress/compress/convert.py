@@ -16,13 +16,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx, nn
-from torch.utils.data import default_collate
 
 from ..errors import RequestError
 from ..passes.capture import Inputs, capture
 from ..passes.exits import InsertExits
 from ..runtime.dynamic import DynamicModel
-from .batches import LabelledData, device_of_model, size_of, split_off, to_device, unpack
+from .batches import LabelledData, device_of_model, examples_of, size_of, split_off, to_device
 from .choose import check_goal, choose_policy
 from .distill import SelfDistillation
 from .evaluate import collect_logits
@@ -94,7 +93,7 @@ def convert(
     if example_inputs is None:
         if splits is None:
             raise RequestError("give example_inputs, or data to take them from")
-        example_inputs = _example(splits[0], device_of_model(model))
+        example_inputs = to_device(examples_of(splits[0]), device_of_model(model))
     dynamic = DynamicModel(_with_exits(model, example_inputs, exits, seed)).eval()
     if splits is None:
         warnings.warn(
@@ -162,12 +161,6 @@ def _divided(data: HasSplits | LabelledData, seed: int) -> tuple[LabelledData, L
         size_of(data.calibration, "calibration")
         return data.train, data.calibration
     return split_off(data, _CALIBRATION_SHARE, seed)
-
-
-def _example(train: LabelledData, device: torch.device) -> Inputs:
-    size_of(train, "training")
-    inputs, _ = unpack(default_collate([train[0]]))
-    return to_device(inputs, device)
 
 
 def _with_exits(model: nn.Module, example: Inputs, exits: int | Sequence[str], seed: int) -> fx.GraphModule:

@@ -193,8 +193,8 @@ class Sparsifier:
         self.lasso = GroupLasso(self._axes, self.asked.kinds, candidates=candidates)
         self._share = COUNTS[self.asked.metric](gm) / self._amount
         self._measured = measure(self._axes, self.asked.metric, candidates)
-        zero = ~self.lasso.live
-        self._hold(zero, self._floors() if self.asked.target is None else torch.zeros_like(self.lasso.sizes))
+        pull = self._floors() if self.asked.target is None else torch.zeros_like(self.lasso.sizes)
+        self._hold(~self.lasso.live, pull)
 
     def _follow(self, surgery: Surgery) -> None:
         self.kept.cut(surgery.plan)
@@ -228,15 +228,10 @@ class Sparsifier:
         if left <= target:
             self._reached, self.strength = True, 0.0
         elif step % (_LAMBDAS * self._every) == 0 or not self._pull.any():
-            self._aim()
-            self.strength = max(self.strength, self._strongest / horizon(self._lrs, step))
-
-    def _aim(self) -> None:
-        """Finds out which groups have to go, and how strong each is pulled."""
-        assert self.asked.target is not None
-        pull = pulls(self.lasso, self.lasso.norms() / self.lasso.weights, self._doomed(self.asked.target))
-        self._strongest = float(pull.max())
-        self._hold(self._zero, pull / max(self._strongest, _TINY))
+            pull = pulls(self.lasso, self.lasso.norms() / self.lasso.weights, self._doomed(target))
+            strongest = float(pull.max())
+            self.strength = max(self.strength, strongest / horizon(self._lrs, step))
+            self._hold(zero, pull / max(strongest, _TINY))
 
     def _doomed(self, target: float) -> Tensor:
         """(groups,) bool: what pruning would remove now."""

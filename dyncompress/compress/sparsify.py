@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.data import default_collate
 
 from ..errors import RequestError
 from ..passes.capture import capture
 from ..passes.copying import deep_copy
-from .batches import LabelledData, device_of_model, size_of, unpack
+from .batches import LabelledData, device_of_model, examples_of
 from .budget import one_target
 from .groups import AXES, LAYERS
 from .losses import cross_entropy
@@ -93,7 +92,7 @@ def sparsify(
         shrink_every=shrink_every, kinds=tuple(kinds), limits=limits, ema=ema,
     )  # fmt: skip
     whole = isinstance(model, fx.GraphModule) and "inputs" in model.meta
-    gm: Any = deep_copy(model) if whole else capture(model, _examples(data))
+    gm: Any = deep_copy(model) if whole else capture(model, examples_of(data))
     work = Sparsifier(gm, request, loss_fn)
     options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "optimizer": optimizer}
     options |= {"mixed_precision": mixed_precision, "device": device, "run_dir": run_dir, "resume": resume}
@@ -110,8 +109,3 @@ def _goal(targets: dict[str, float | None], by_hand: dict[str, float | None]) ->
         raise RequestError(f"give exactly one of {', '.join(targets | by_hand)}")
     given = any(value is not None for value in targets.values())
     return one_target(targets) if given else (next(iter(targets)), None)
-
-
-def _examples(data: LabelledData) -> Any:
-    size = size_of(data, "training")
-    return unpack(default_collate([data[index % size] for index in range(2)]))[0]
