@@ -1,0 +1,116 @@
+"""Shrinking while training against dense training: total time and accuracy (PruneTrain, Lym et al., SC 2019).
+
+    python benchmarks/prune_train.py [--data fashion_mnist] [--depth 20] [--seeds 2]    writes benchmarks/prune_train.json
+
+Both start at the same random weights and train for as many epochs, on the same batches with the same schedule:
+
+    dense       as it is
+    shrinking   group lasso over all axes towards a share of the multiply-adds, zeroed groups leave after every epoch
+
+Seconds are those of the whole training on one thread, surgeries and the choice of lambda included, of the processor
+(the machine may be shared) and of the clock; the two take turns in going first.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from data import available, splits
+from resnet_sparsity import AMP, BATCH, LR, SGD
+from torch import fx
+from vs_torch_pruning import write
+
+import dyncompress as dc
+from dyncompress.compress.losses import cross_entropy
+from dyncompress.compress.trainer import fit
+from dyncompress.model_zoo import build
+from dyncompress.passes.copying import deep_copy
+from dyncompress.passes.cost import count_macs, count_parameters
+
+RESULTS = Path(__file__).with_suffix(".json")
+EPOCHS, LEARNING, MACS, FLOOR = 8, 5, 0.3, 0.1
+
+
+def trained(train: Callable[[], fx.GraphModule], test: Any, whole: int) -> dict[str, Any]:
+    """What one way of training takes and gives."""
+    cpu, clock = time.process_time(), time.perf_counter()
+    gm = train()
+    seconds = {"cpu_s": round(time.process_time() - cpu, 1), "clock_s": round(time.perf_counter() - clock, 1)}
+    row = {**seconds, "accuracy": round(dc.evaluate(gm.eval(), test, batch_size=250).accuracy, 4)}
+    row |= {"macs": round(count_macs(gm) / whole, 4), "parameters": count_parameters(gm)}
+    report = gm.meta.get("info", {}).get("sparsify")
+    if report is not None:
+        row["surgeries"] = report["surgeries"]
+    return row
+
+
+def measure(data: Any, depth: int, seed: int) -> dict[str, Any]:
+    """Both ways, from the same weights."""
+    torch.manual_seed(seed)
+    example = data.train[0][0][None]
+    start = dc.capture(build(f"resnet{depth}-cifar", channels=example.shape[1]), example)
+    options: dict[str, Any] = {
+        "lr": LR, "batch_size": BATCH, "seed": seed, "optimizer": SGD, "mixed_precision": AMP, "progress": True,
+    }  # fmt: skip
+
+    def dense() -> fx.GraphModule:
+        gm = deep_copy(start)
+        fit(gm, cross_entropy, data.train, epochs=EPOCHS, **options)
+        return gm
+
+    def shrinking() -> fx.GraphModule:
+        return dc.sparsify(
+            start, data.train, macs=MACS, epochs=LEARNING, finetune=EPOCHS - LEARNING, shrink_every=1, floor=FLOOR,
+            **options,
+        )  # fmt: skip
+
+    ways = {"dense": dense, "shrinking": shrinking}
+    order = list(ways) if seed % 2 == 0 else list(ways)[::-1]
+    rows = {name: trained(ways[name], data.test, count_macs(start)) for name in order}
+    ratios = {key: round(rows["shrinking"][key] / rows["dense"][key], 3) for key in ("cpu_s", "clock_s")}
+    return {**rows, "time_ratio": ratios}
+
+
+def summary(seeds: dict[str, Any]) -> dict[str, Any]:
+    """Medians of the time ratios, means of the accuracies."""
+    return {
+        "seeds": len(seeds),
+        "time_ratio": {key: median(s["time_ratio"][key] for s in seeds.values()) for key in ("cpu_s", "clock_s")},
+        "accuracy": {key: round(mean(s[key]["accuracy"] for s in seeds.values()), 4) for key in ("dense", "shrinking")},
+    }
+
+
+def main() -> None:
+    """Measures what the results lack."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "cifar10"))
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=2)
+    asked = parser.parse_args()
+    if not available():
+        raise SystemExit("the data sets of benchmarks are not there")
+    torch.set_num_threads(1)
+    setting = {
+        "data": asked.data, "depth": asked.depth, "epochs": EPOCHS, "learning": LEARNING, "macs": MACS, "lr": LR,
+        "batch": BATCH, "precision": AMP,
+    }  # fmt: skip
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if found.get("setting", setting) != setting:
+        raise SystemExit(f"{RESULTS.name} holds results of another setting; move it away first")
+    data, seeds = splits(asked.data), found.get("seeds", {})
+    for seed in range(asked.seeds):
+        if str(seed) not in seeds:
+            seeds[str(seed)] = measure(data, asked.depth, seed)
+            print(seed, json.dumps(seeds[str(seed)]), flush=True)
+            start = {"command": "python benchmarks/prune_train.py", "threads": 1, "torch": torch.__version__}
+            write(RESULTS, {**start, "setting": setting, "summary": summary(seeds), "seeds": seeds})
+    print(json.dumps(summary(seeds), indent=1))
+
+
+if __name__ == "__main__":
+    main()

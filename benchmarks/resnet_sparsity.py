@@ -1,0 +1,207 @@
+"""Learned structure of residual networks, beside Torch-Pruning's group-norm pruner: same network, MACs and epochs.
+
+    pip install --no-deps torch-pruning==1.6.1
+    python benchmarks/resnet_sparsity.py [--data fashion_mnist] [--depth 20] [--seeds 3] [--out FOLDER]
+                                                                       writes benchmarks/resnet_sparsity.json
+
+A network is trained, and then, for as many epochs each, with the same batches, optimiser and schedule:
+
+    dense       trained on
+    channels    sparsified to half its multiply-adds by group lasso over all axes
+    layers      sparsified to three quarters by group lasso over residual branches
+    group norm  Torch-Pruning's GroupNormPruner, with the settings of its own benchmark (reg 5e-4, global, normaliser
+                "max") while the others sparsify, then pruned to the MACs of "channels", then trained on
+
+Accuracy on the test images in float32; training is in bfloat16 where the processor has it. What is measured is not
+measured again.
+"""
+
+import argparse
+import copy
+import json
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from data import available, splits
+from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+from vs_torch_pruning import header, write
+
+import dyncompress as dc
+from dyncompress.compress.losses import cross_entropy
+from dyncompress.compress.trainer import fit
+from dyncompress.model_zoo import build
+from dyncompress.passes.kinds import BRANCH
+
+RESULTS = Path(__file__).with_suffix(".json")
+FIRST, SPARSE, FINE = 6, 3, 2
+LR, MORE_LR, BATCH = 0.1, 0.05, 128
+CHANNELS, LAYERS, REG = 0.5, 0.75, 5e-4
+SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
+AMP = "bf16" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
+
+
+class Bench:
+    """One seed's networks: each is trained once, and taken from its folder later."""
+
+    def __init__(self, asked: argparse.Namespace, seed: int) -> None:
+        self.folder = asked.out / f"{asked.data}-{asked.depth}-{seed}"
+        self.data, self.depth, self.seed = splits(asked.data), asked.depth, seed
+        self.options: dict[str, Any] = {"batch_size": BATCH, "seed": seed, "mixed_precision": AMP, "progress": True}
+        self.example = self.data.train[0][0][None]
+
+    def train(self, model: nn.Module, name: str, epochs: int, lr: float, optimizer: Any = SGD) -> nn.Module:
+        """`model`, trained."""
+        run = self.folder / name
+        fit(
+            model, cross_entropy, self.data.train, epochs=epochs, lr=lr, optimizer=optimizer, run_dir=run,
+            resume=run.exists(), **self.options,
+        )  # fmt: skip
+        return model.eval()
+
+    def first(self) -> nn.Module:
+        torch.manual_seed(self.seed)
+        net = build(f"resnet{self.depth}-cifar", channels=self.example.shape[1])
+        return self.train(net, "first", FIRST, LR)
+
+    def dense(self) -> nn.Module:
+        return self.train(self.first(), "dense", SPARSE + FINE, MORE_LR)
+
+    def channels(self) -> nn.Module:
+        return self.learned("channels", CHANNELS, "axes")
+
+    def layers(self) -> nn.Module:
+        return self.learned("layers", LAYERS, "layers")
+
+    def learned(self, name: str, macs: float, kind: str) -> fx.GraphModule:
+        run = self.folder / name
+        return dc.sparsify(
+            self.first(), self.data.train, macs=macs, kinds=(kind,), epochs=SPARSE, finetune=FINE, shrink_every=1,
+            lr=MORE_LR, optimizer=SGD, run_dir=run, resume=run.exists(), **self.options,
+        )  # fmt: skip
+
+    def group_norm(self, macs: int) -> nn.Module:
+        """Torch-Pruning's: its gradient of the group norms is added before every step of the optimiser."""
+        import torch_pruning as tp
+
+        model = self.first()
+
+        def pruner(net: nn.Module, ratio: float) -> Any:
+            scores = tp.importance.GroupMagnitudeImportance(p=2, normalizer="max")
+            return tp.pruner.GroupNormPruner(
+                net, self.example, importance=scores, reg=REG, global_pruning=True, pruning_ratio=ratio,
+                ignored_layers=[net.get_submodule("classifier")],
+            )  # fmt: skip
+
+        sparse = pruner(model, 0.5)
+        sparse.update_regularizer()
+
+        def regularised(parameters: Any, lr: float) -> torch.optim.Optimizer:
+            optimizer = SGD(parameters, lr=lr)
+            optimizer.register_step_pre_hook(lambda *_: sparse.regularize(model))
+            return optimizer
+
+        self.train(model, "group-norm-sparse", SPARSE, MORE_LR, regularised)
+        return self.train(largest(model, pruner, macs, self.example), "group-norm", FINE, MORE_LR)
+
+
+def largest(model: nn.Module, pruner: Callable[[nn.Module, float], Any], macs: int, example: torch.Tensor) -> nn.Module:
+    """The largest of the pruned networks within `macs`, over pruning ratios in steps of 1/256."""
+    best, low, high = None, 0, 256
+    while low < high:
+        middle = (low + high) // 2
+        small = copy.deepcopy(model)
+        pruner(small, middle / 256).step()
+        if macs_of(small, example) <= macs:
+            best, high = small, middle
+        else:
+            low = middle + 1
+    assert best is not None
+    return best
+
+
+@torch.no_grad()
+def macs_of(model: nn.Module, example: torch.Tensor) -> int:
+    """Multiply-adds of one image by PyTorch's counter (two operations each)."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model.eval()(example)
+    return counter.get_total_flops() // 2
+
+
+def measure(bench: Bench, rows: dict[str, Any], save: Callable[[], None]) -> None:
+    """What the rows of this seed lack."""
+    whole = macs_of(bench.first(), bench.example)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "first": bench.first,
+        "dense": bench.dense,
+        "channels": bench.channels,
+        "group norm": lambda: bench.group_norm(round(rows["channels"]["macs"] * whole)),
+        "layers": bench.layers,
+    }
+    for name, make in makers.items():
+        if name in rows:
+            continue
+        begin = time.process_time()
+        model = make()
+        rows[name] = {
+            "accuracy": round(dc.evaluate(model, bench.data.test, batch_size=250).accuracy, 4),
+            "macs": round(macs_of(model, bench.example) / whole, 4),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "cpu_s": round(time.process_time() - begin),
+        }
+        if isinstance(model, fx.GraphModule):
+            report = model.meta["info"]["sparsify"]
+            removed = [key for key, axis in report["kept"].items() if axis["kind"] == BRANCH and not axis["kept"]]
+            rows[name] |= {"learned_share": round(report["learned"], 4), "branches_removed": len(removed)}
+            rows[name]["largest_difference_at_surgery"] = max(step["difference"] for step in report["surgeries"])
+        print(bench.depth, bench.seed, name, json.dumps(rows[name]), flush=True)
+        save()
+
+
+def summary(seeds: dict[str, Any]) -> dict[str, Any]:
+    """Means over the seeds that are complete."""
+    full = [rows for rows in seeds.values() if "layers" in rows]
+    names = full[0] if full else {}
+    table = {n: {k: round(mean(r[n][k] for r in full), 4) for k in ("accuracy", "macs")} for n in names}
+    return {"seeds": len(full), **table}
+
+
+def main() -> None:
+    """Measures what the results lack."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "cifar10"))
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/resnet_sparsity"))
+    asked = parser.parse_args()
+    if not available():
+        raise SystemExit("the data sets of benchmarks are not there")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="torch_pruning")
+    setting = {"epochs": [FIRST, SPARSE, FINE], "lr": [LR, MORE_LR], "batch": BATCH, "reg": REG, "precision": AMP}
+    name = f"{asked.data} resnet{asked.depth}"
+
+    def save() -> None:
+        """Only this network's part is replaced: two of them may run side by side."""
+        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        nets = found.get("networks", {}) | {name: {"setting": setting, "summary": summary(seeds), "seeds": seeds}}
+        write(RESULTS, {**header(f"resnet_sparsity.py --data {asked.data} --depth {asked.depth}"), "networks": nets})
+
+    before = json.loads(RESULTS.read_text())["networks"].get(name, {}) if RESULTS.exists() else {}
+    if before.get("setting", setting) != setting:
+        raise SystemExit(f"{RESULTS.name} holds results of another setting; move it away first")
+    seeds: dict[str, Any] = before.get("seeds", {})
+    for seed in range(asked.seeds):
+        measure(Bench(asked, seed), seeds.setdefault(str(seed), {}), save)
+    print(json.dumps(summary(seeds), indent=1))
+
+
+if __name__ == "__main__":
+    main()
