@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, int]] = {
     "resnet20-cifar": {"channels": 9, "residual width": 3, "branch": 9},
     "msdnet-cifar": {"channels": 50},
     "lstm-lm": {"embedding columns": 1, "hidden states": 2},
-    "rhn-lm": {"embedding columns": 1, "neurons": 1},
+    "rhn-lm": {"embedding columns": 1, "hidden states": 1},
     "bidaf": {"embedding columns": 1, "hidden states": 8},
     "text-encoder": {"heads": 2, "head dims": 4, "neurons": 2, "residual width": 1, "branch": 4},
 }
