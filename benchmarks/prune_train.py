@@ -1,6 +1,6 @@
 """Shrinking while training against dense training: total time and accuracy (PruneTrain, Lym et al., SC 2019).
 
-    python benchmarks/prune_train.py [--data fashion_mnist] [--depth 20] [--seeds 2]   writes benchmarks/prune_train.json
+    python benchmarks/prune_train.py [--data fashion_mnist] [--depth 20] [--seeds 2]   writes prune_train.json
 
 Both start at the same random weights and train for as many epochs, on the same batches with the same schedule:
 
