@@ -1,97 +1,21 @@
-"""Learned sparsity: targets, surgery held to the mask, exact resumption, controls, several processes."""
+"""Learned sparsity: targets, surgery held to the mask, controls, wrong requests."""
 
 import copy
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from sparsify_models import OPTIONS, Net, Words, accuracy, images, network, same, sentences
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 import dyncompress as dc
-from dyncompress.cli.app import run
-from dyncompress.compress.losses import cross_entropy
 from dyncompress.compress.rewind import reinit, rewind
 from dyncompress.compress.surgery import carry_over, operate
-from dyncompress.model_zoo.data import ArrayDataset, Splits
 from dyncompress.passes.cost import count_macs, count_parameters
 from dyncompress.passes.modes import evaluating
 
-
-class Net(nn.Module):
-    """Images (B, 1, 8, 8) in 3 classes: two residual branches on one width."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 12, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(12, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU(),
-                nn.Conv2d(10, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12),
-            )
-            for _ in range(2)
-        )  # fmt: skip
-        self.head = nn.Linear(12, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        for block in self.blocks:
-            x = F.relu(x + block(x))
-        return self.head(x.mean((2, 3)))
-
-
-class Words(nn.Module):
-    """Next tokens (B, T, 11): an embedding, an LSTM and a LayerNorm, whose count is kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.lstm = nn.Embedding(11, 8), nn.LSTM(8, 12, batch_first=True)
-        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 11)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.lstm(self.embed(x))[0]))
-
-
-def images(count: int = 192) -> TensorDataset:
-    """Stripes along rows, along columns, or neither, in noise."""
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(count) % 3
-    stripes = (torch.arange(8) % 2).float()
-    patterns = torch.stack([stripes[:, None].expand(8, 8), stripes.expand(8, 8), torch.full((8, 8), 0.5)])
-    return TensorDataset(patterns[y][:, None] + 0.2 * torch.randn(count, 1, 8, 8, generator=generator), y)
-
-
-def sentences(count: int = 320) -> TensorDataset:
-    """Counting modulo 11 from anywhere, labelled with the next number at every position."""
-    start = torch.arange(count)[:, None] + torch.arange(10)
-    return TensorDataset(start[:, :-1] % 11, start[:, 1:] % 11)
-
-
-def network(kind: type[nn.Module] = Net) -> nn.Module:
-    torch.manual_seed(0)
-    return kind()
-
-
-OPTIONS: dict[str, Any] = {"epochs": 4, "finetune": 2, "batch_size": 32, "lr": 1e-2, "device": "cpu"}
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    one, two = a.state_dict(), b.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    x, y = data.tensors
-    return float((model.eval()(x).argmax(-1) == y).double().mean())
+TWO = partial(Net, branches=2)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +29,7 @@ def accuracy(model: nn.Module, data: TensorDataset) -> float:
     ],
 )
 def test_targets_are_met(change: dict[str, Any], count: Any) -> None:
-    data, model = images(), network()
+    data, model = images(), network(TWO if "kinds" in change else Net)
     gm = dc.capture(model, data.tensors[0][:2])
     before = copy.deepcopy(gm.state_dict())
     small = dc.sparsify(gm, data, **OPTIONS | change)
@@ -137,7 +61,7 @@ def test_every_surgery_equals_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         return surgery
 
     monkeypatch.setattr(sparsifier, "operate", compared)
-    for kind, data, kinds in ((Net, images(), ("axes", "layers")), (Words, sentences(), ("axes",))):
+    for kind, data, kinds in ((TWO, images(), ("axes", "layers")), (Words, sentences(), ("axes",))):
         learned: list[bool] = []
         dc.sparsify(network(kind), data, params=0.5, shrink_every=1, kinds=kinds, **OPTIONS)
         assert learned and learned[0]  # what lasso zeroed, not what the surgery zeroes
@@ -172,14 +96,14 @@ def test_strength_from_the_first_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("dyncompress.compress.sparsify.Sparsifier", Watched)
     dc.sparsify(network(), images(), penalty_ratio=0.2, **OPTIONS)
-    assert found == [pytest.approx(0.2)] and len(steps) == 4 * 6 and min(steps) > 0
+    assert found == [pytest.approx(0.2)] and len(steps) == 3 * 6 and min(steps) > 0
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9), torch.optim.RMSprop])
 def test_training_goes_on_after_surgery_as_if_the_zeros_were_still_there(make: Any) -> None:
     """Groups of zeros get no gradient: the steps of the small model are those of the large one, moments and all."""
     x, y = images(32).tensors[0].double(), images(32).tensors[1]
-    whole = dc.capture(network().double(), x[:2])
+    whole = dc.capture(network(TWO).double(), x[:2])
     keep = {"stem.weight:0": [0, 2, 3, 7, 8, 9, 11], "blocks.0.0.weight:0": [1, 2, 5], "blocks.1.0.weight:0": [0, 9]}
 
     def trained(cut: bool) -> Any:
@@ -232,90 +156,6 @@ def test_controls() -> None:
         rewind(early, early)
 
 
-def interrupted(step: int, error: type[BaseException]) -> Any:
-    """The loss, until some step."""
-    seen = iter(range(10**6))
-
-    def loss(output: Any, labels: Tensor) -> Tensor:
-        if next(seen) == step:
-            raise error
-        return cross_entropy(output, labels)
-
-    return loss
-
-
-RESUMED: dict[str, Any] = OPTIONS | {"shrink_every": 1, "ema": 0.9, "macs": 0.3, "epochs": 8, "lr": 5e-3}
-
-
-STEPS = 6  # per epoch
-
-
-@pytest.fixture(scope="module")
-def whole() -> Any:
-    """The run that nothing interrupts."""
-    torch.set_num_threads(1)
-    return dc.sparsify(network(), images(), **RESUMED)
-
-
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path, whole: Any) -> None:
-    first, *_, last = (s["epoch"] for s in whole.meta["info"]["sparsify"]["surgeries"])
-    assert first < last
-    for after in (first, last):
-        step, folder = after * STEPS + 2, tmp_path / str(after)
-        with pytest.raises(KeyboardInterrupt, match="continue with resume"):
-            loss = interrupted(step, KeyboardInterrupt)
-            dc.sparsify(network(), images(), loss_fn=loss, run_dir=folder, **RESUMED)
-        torch.manual_seed(99)
-        again = dc.sparsify(network(), images(), run_dir=folder, resume=True, **RESUMED)
-        assert same(again, whole)
-        assert again.meta["info"]["sparsify"] == whole.meta["info"]["sparsify"]
-    with pytest.raises(dc.RequestError, match="has target"):
-        dc.sparsify(network(), images(), run_dir=folder, resume=True, **RESUMED | {"macs": 0.4})
-
-
-def begun(code: str, **environment: str) -> subprocess.Popen[str]:
-    """Runs code that begins with this file's names, in a process of its own."""
-    text = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_sparsify import *\n{code}"
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE, text=True, env=own)
-
-
-def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, whole: Any) -> None:
-    first = whole.meta["info"]["sparsify"]["surgeries"][0]["epoch"]
-    code = f"""
-def loss(output, labels, seen=iter(range(10**6))):
-    if next(seen) == {first * STEPS + 3}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return cross_entropy(output, labels)
-torch.set_num_threads(1)
-dc.sparsify(network(), images(), loss_fn=loss, run_dir={str(tmp_path)!r}, **RESUMED)
-"""
-    with begun(code) as process:
-        process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    again = dc.sparsify(network(), images(), run_dir=tmp_path, resume=True, **RESUMED)
-    assert same(again, whole)
-
-
-def test_two_processes_make_the_same_model(tmp_path: Path) -> None:
-    code = f"""
-torch.set_num_threads(1)
-small = dc.sparsify(network(), images(), **OPTIONS | {{"batch_size": 16, "macs": 0.5, "kinds": ("axes", "layers")}})
-assert small.meta["info"]["sparsify"]["surgeries"] and torch.distributed.get_world_size() == 2
-torch.save(dict(small.named_parameters()), {str(tmp_path)!r} + "/" + os.environ["RANK"])
-"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    started = [begun(code, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
-    for process in started:
-        with process:
-            _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said[-2000:]
-    one, two = (torch.load(tmp_path / rank) for rank in "01")
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
 def test_bf16() -> None:
     from accelerate.state import AcceleratorState
 
@@ -351,34 +191,3 @@ def test_bf16() -> None:
 def test_wrong_requests(change: dict[str, Any], said: str) -> None:
     with pytest.raises(dc.RequestError, match=said):
         dc.sparsify(network(), images(8), **change)
-
-
-def make_net() -> nn.Module:
-    return network()
-
-
-def make_data() -> Splits:
-    train, calibration, test = (ArrayDataset(*images(count).tensors) for count in (192, 30, 60))
-    return Splits(train, calibration, test, classes=3, name="stripes")
-
-
-def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    command = f"sparsify {__name__}:make_net --macs 0.5 --epochs 4 --lr 0.01 --batch-size 32 --device cpu".split()
-    source = ["--data", f"{__name__}:make_data", "--kinds", "axes", "--kinds", "layers"]
-    assert run([*command, *source, "--finetune", "2", "--out", "small", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    static, small = report["static"], report["sparsified"]
-    done = report["sparsify"]
-    assert small["macs"] <= 0.5 * static["macs"] and small["parameters"] < static["parameters"]
-    assert done["left"] == pytest.approx(small["macs"] / static["macs"]) and done["kinds"] == ["axes", "layers"]
-    assert {"layers.csv", "kept.png", "recipe.yaml"} <= {path.name for path in Path("small").iterdir()}
-    weights = dc.load(report["model"]).state_dict()
-    recipe = [str(Path("small/recipe.yaml")), "--out", "again", "--json", "--set", "seed=0"]
-    assert run(["run", *recipe]) == 0
-    again = json.loads(capsys.readouterr().out)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in dc.load(again["model"]).state_dict().items())
-    assert run([*command, *source, "--out", "shown", "--finetune", "1"]) == 0
-    assert "groups" in capsys.readouterr().out
-    assert run(command) == 2
-    assert "--data" in capsys.readouterr().err

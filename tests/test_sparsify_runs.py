@@ -1,0 +1,139 @@
+"""Runs of learned sparsity: the command line, exact resumption, several processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sparsify_models import OPTIONS, images, network, same
+from torch import Tensor
+
+import dyncompress as dc
+from dyncompress.cli.app import run
+from dyncompress.compress.losses import cross_entropy
+
+STEPS = 6  # per epoch
+RESUMED: dict[str, Any] = OPTIONS | {"shrink_every": 1, "ema": 0.9, "macs": 0.3, "epochs": 5}
+
+
+def stopped(step: int) -> Any:
+    """The loss, until some step."""
+    seen = iter(range(10**6))
+
+    def loss(output: Any, labels: Tensor) -> Tensor:
+        if next(seen) == step:
+            raise KeyboardInterrupt
+        return cross_entropy(output, labels)
+
+    return loss
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Stopped after its first surgery, and again after its last."""
+    whole = dc.sparsify(network(), images(), **RESUMED)
+    first, *_, last = (s["epoch"] for s in whole.meta["info"]["sparsify"]["surgeries"])
+    assert first < last
+    for step, resume in ((first * STEPS + 2, False), ((last - first) * STEPS + 2, True)):
+        with pytest.raises(KeyboardInterrupt, match="continue with resume"):
+            dc.sparsify(network(), images(), loss_fn=stopped(step), run_dir=tmp_path, resume=resume, **RESUMED)
+        torch.manual_seed(99)
+    again = dc.sparsify(network(), images(), run_dir=tmp_path, resume=True, **RESUMED)
+    assert same(again, whole)
+    assert again.meta["info"]["sparsify"] == whole.meta["info"]["sparsify"]
+    with pytest.raises(dc.RequestError, match="has target"):
+        dc.sparsify(network(), images(), run_dir=tmp_path, resume=True, **RESUMED | {"macs": 0.4})
+
+
+def begun(code: str, **environment: str) -> subprocess.Popen[str]:
+    """Runs code that begins with the names of sparsify_models, in a process of its own."""
+    names = "import os, signal, sys, torch, dyncompress as dc"
+    text = f"{names}\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom sparsify_models import *\n{code}"
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE, text=True, env=own)
+
+
+def test_two_processes_make_the_same_model(tmp_path: Path) -> None:
+    code = f"""
+torch.set_num_threads(1)
+small = dc.sparsify(network(), images(), **OPTIONS | {{"epochs": 2, "batch_size": 16, "macs": 0.5}})
+assert small.meta["info"]["sparsify"]["surgeries"] and torch.distributed.get_world_size() == 2
+torch.save(dict(small.named_parameters()), {str(tmp_path)!r} + "/" + os.environ["RANK"])
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = [begun(code, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+    for process in started:
+        with process:
+            _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said[-2000:]
+    one, two = (torch.load(tmp_path / rank) for rank in "01")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+RUN = ["sparsify", "sparsify_models:make_net", "--kinds", "axes", "--kinds", "layers", "--macs", "0.3", "--epochs", "3"]
+RUN += ["--finetune", "1", "--shrink-every", "1", "--ema", "0.9", "--lr", "0.01", "--batch-size", "32"]
+SOURCE = ["--data", "sparsify_models:make_data", "--device", "cpu", "--json"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the command line."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("runs") / "small"
+    assert run([*RUN, *SOURCE, "--out", str(path)]) == 0
+    return path
+
+
+def report_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_report(folder: Path) -> None:
+    report = report_in(folder)
+    static, small, done = report["static"], report["sparsified"], report["sparsify"]
+    assert small["macs"] <= 0.3 * static["macs"] and small["parameters"] < static["parameters"]
+    assert done["left"] == pytest.approx(small["macs"] / static["macs"]) and done["kinds"] == ["axes", "layers"]
+    assert {"layers.csv", "kept.png", "recipe.yaml"} <= {path.name for path in folder.iterdir()}
+    assert "groups" in (folder / "table.txt").read_text()
+
+
+def test_its_recipe_makes_the_same_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["run", str(folder / "recipe.yaml"), "--out", str(tmp_path), "--set", "seed=0"]) == 0
+    assert "groups" in capsys.readouterr().out
+    assert same(dc.load(tmp_path / "model.safetensors"), dc.load(folder / "model.safetensors"))
+
+
+def test_a_killed_run_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    arguments = [*RUN, *SOURCE, "--out", str(tmp_path)]
+    first, *others = (s["epoch"] for s in report_in(folder)["sparsify"]["surgeries"])
+    code = f"""
+from dyncompress.cli.app import run
+from dyncompress.compress.sparsifier import Sparsifier
+def after_step(self, step, real=Sparsifier.after_step):
+    if step == {first * STEPS + 3}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(self, step)
+Sparsifier.after_step = after_step
+run({arguments!r})
+"""
+    with begun(code) as process:
+        process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL and others
+    assert (tmp_path / "steps" / "1-sparsify" / "training.pt").exists()
+    assert run([*arguments, "--resume"]) == 0
+    assert report_in(tmp_path)["sparsify"] == report_in(folder)["sparsify"]
+    assert same(dc.load(tmp_path / "model.safetensors"), dc.load(folder / "model.safetensors"))
+
+
+def test_it_needs_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(RUN) == 2
+    assert "--data" in capsys.readouterr().err
