@@ -262,7 +262,7 @@ def test_token_models_with_named_or_positional_inputs(as_dict: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rule": "margin"}, "rule"),
+        ({"rule": "guess"}, "rule"),
         ({"max_loss": -0.1}, "max_loss"),
         ({"macs": 1.5}, "macs"),
         ({"trunk_lr": -1.0, "freeze_trunk": False}, "trunk_lr"),

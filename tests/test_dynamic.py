@@ -363,7 +363,7 @@ def test_policy_round_trip() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("margin", (0.5,)), "unknown exit rule 'margin'; the rules are: max-softmax, entropy"),
+        (("guess", (0.5,)), "unknown exit rule 'guess'; the rules are: max-softmax, entropy"),
         (("entropy", (1.5,)), r"threshold 1.5 of exit 0 is not in \[0, 1\]; None switches it off"),
         (("entropy", (0.1, math.nan)), "threshold nan of exit 1"),
         (("entropy", (0.5,), (1.0, 2.0)), "1 thresholds but 2 temperatures"),
@@ -384,12 +384,12 @@ def test_a_policy_for_another_model() -> None:
 
 def test_rules_by_hand() -> None:
     z = torch.tensor([[math.log(2.0), 0.0, 0.0], [0.0, 0.0, 0.0], [50.0, 0.0, 0.0]])  # p: (.5 .25 .25), uniform, sure
-    assert ExitPolicy("max-softmax", (0.49,)).leaves(0, z).tolist() == [True, False, True]
-    assert ExitPolicy("max-softmax", (0.49,), (2.0,)).leaves(0, z).tolist() == [False, False, True]
+    assert ExitPolicy("max-softmax", (0.49,)).decide(0, z)[0].tolist() == [True, False, True]
+    assert ExitPolicy("max-softmax", (0.49,), (2.0,)).decide(0, z)[0].tolist() == [False, False, True]
     share = 1.5 * math.log(2) / math.log(3)
-    assert ExitPolicy("entropy", (share + 1e-6,)).leaves(0, z).tolist() == [True, False, True]
-    assert ExitPolicy("entropy", (share - 1e-6,)).leaves(0, z).tolist() == [False, False, True]
-    assert not ExitPolicy("entropy", (None,)).leaves(0, z).any()
+    assert ExitPolicy("entropy", (share + 1e-6,)).decide(0, z)[0].tolist() == [True, False, True]
+    assert ExitPolicy("entropy", (share - 1e-6,)).decide(0, z)[0].tolist() == [False, False, True]
+    assert not ExitPolicy("entropy", (None,)).decide(0, z)[0].any()
 
 
 def test_graphs_without_exits_are_refused() -> None:

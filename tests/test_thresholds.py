@@ -184,7 +184,7 @@ def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(RequestError, match="the least is 11"):
         search.for_macs(9)
     with pytest.raises(RequestError, match="rule"):
-        ThresholdSearch(logits, labels, stages, heads, rule="margin")
+        ThresholdSearch(logits, labels, stages, heads, rule="guess")
     with pytest.raises(RequestError, match="label"):
         ThresholdSearch(logits, labels[:10], stages, heads)
     with pytest.raises(RequestError, match="without a label"):

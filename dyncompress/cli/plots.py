@@ -75,6 +75,29 @@ def plot_exits(path: Path, exits: Sequence[Mapping[str, Any]]) -> None:
     figure.savefig(path)
 
 
+def plot_reliability(path: Path, exits: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a reliability diagram per exit as PNG, before and after temperature scaling.
+
+    exits: with temperature, ece_before, ece_after and the bins before and after, as convert reports them.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(exits), 3.4), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    for k, (axes, fitted) in enumerate(zip(figure.subplots(1, len(exits), squeeze=False)[0], exits, strict=True)):
+        axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
+        for when, colour in (("before", "tab:red"), ("after", "tab:blue")):
+            confidence, accuracy = ([row[key] for row in fitted[when]] for key in ("confidence", "accuracy"))
+            axes.plot(confidence, accuracy, "o-", color=colour, label=f"{when}, ECE {fitted[f'ece_{when}']:.3f}")
+        name = "output" if k + 1 == len(exits) else f"exit {k + 1}"
+        axes.set(xlabel="confidence", title=f"{name}, T = {fitted['temperature']:.2f}", xlim=(0, 1), ylim=(0, 1))
+        axes.legend(loc="upper left", fontsize=7)
+        axes.grid(alpha=0.3)
+    figure.get_axes()[0].set_ylabel("accuracy on the calibration split")
+    figure.savefig(path)
+
+
 def plot_kept(path: Path, kept: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes which indices of each axis are kept as PNG: one bar code per axis, in network order, dark where kept.
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ def write(
         _note_shrinking(report, models, shrunk, folder)
     if "static" in entries and isinstance(result, DynamicModel) and subject.data is not None:
         report["curve"] = tradeoff(result, subject.data, subject.device)
-        _draw(folder, report, name)
+        done = result.trunk.meta["info"]["convert"]
+        report["risk"] = done["risk"]
+        _draw(folder, report, name, done["exits"])
     with (folder / TABLE).open("w", encoding="utf-8") as file:
         show(report, Console(file=file, width=_TABLE_WIDTH), verbose=True)
     (folder / folders.REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -76,7 +78,7 @@ def _note_shrinking(report: dict[str, Any], models: Mapping[str, Any], name: str
     plots.plot_kept(folder / "kept.png", done["kept"])
 
 
-def _draw(folder: Path, report: dict[str, Any], name: str) -> None:
+def _draw(folder: Path, report: dict[str, Any], name: str, calibrated: Sequence[Mapping[str, Any]]) -> None:
     static, dynamic = report["static"], report[name]
     plots.plot_curve(
         folder / "curve.png",
@@ -85,6 +87,7 @@ def _draw(folder: Path, report: dict[str, Any], name: str) -> None:
         (dynamic["mean_macs"], dynamic["accuracy"]),
     )
     plots.plot_exits(folder / "exits.png", dynamic["exits"])
+    plots.plot_reliability(folder / "reliability.png", calibrated)
 
 
 def entries_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -103,11 +106,19 @@ def show(report: Mapping[str, Any], console: Console, *, verbose: bool = False) 
         if "exits" in entry:
             console.print(tables.exits(entry["exits"], name))
     console.print(tables.comparison(entries, f"on {report['data'] or 'no data'}, {report['device']}"))
+    if report.get("risk"):
+        console.print(_promise(report["risk"]))
     if "check" in report:
         show_check(report["check"], console)
     console.print(f"model: {report['model']}", soft_wrap=True, markup=False, highlight=False)
     if report["onnx"]:
         console.print(f"onnx: {report['onnx']}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _promise(risk: Mapping[str, Any]) -> str:
+    """One line: what holds for unseen data, and how sure that is."""
+    text = f"{risk['loss']} at most {risk['risk']:g} with confidence {risk['confidence']:g}"
+    return f"{text}: {risk['observed']:.4f} seen on {risk['samples']} samples, step {risk['step']} of {risk['steps']}"
 
 
 def _shares(done: Mapping[str, Any]) -> list[str]:

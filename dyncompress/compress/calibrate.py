@@ -4,8 +4,14 @@ Temperature scaling (Guo et al., ICML 2017): minimise the negative log-likelihoo
 over log T. It never changes the predicted class. The expected calibration error is
 
     ECE = sum_b n_b / n |accuracy_b - confidence_b|      over bins b of the largest softmax value.
+
+Even honest confidences c_i have an ECE on finitely many samples, since sums of chance events stray from their means.
+That noise floor is, with normal sums,
+
+    E ECE = 1/n sum_b sqrt(2/pi sum_{i in b} c_i (1 - c_i)).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +23,15 @@ from ..errors import RequestError
 
 # On data that an exit separates perfectly the likelihood has no maximum: T would go to 0.
 _LOG_RANGE = 3.0
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The samples whose confidence lies in one bin: how many, their mean confidence and their accuracy, both 0..1."""
+
+    samples: int
+    confidence: float
+    accuracy: float
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -55,13 +70,38 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
     Raises:
         RequestError: no samples.
     """
+    return _ece(reliability(logits, labels, bins))
+
+
+def _ece(rows: Sequence[Bin]) -> float:
+    return sum(row.samples * abs(row.accuracy - row.confidence) for row in rows) / sum(row.samples for row in rows)
+
+
+def expected_ece_floor(logits: Tensor, bins: int = 15) -> float:
+    """The ECE (0..1) to expect of N samples with the confidences of these (N, classes) logits, were all honest."""
+    confidence = logits.double().softmax(-1).amax(-1)
+    variance = torch.zeros(bins, dtype=torch.float64, device=logits.device)
+    variance.index_add_(0, _bins(confidence, bins), confidence * (1 - confidence))
+    return float((2 / math.pi * variance).sqrt().sum() / len(confidence))
+
+
+def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> list[Bin]:
+    """The bins of a reliability diagram of (N, classes) logits that hold samples, by rising confidence.
+
+    Raises:
+        RequestError: no samples.
+    """
     _check(logits, labels)
     confidence, predicted = logits.double().softmax(-1).max(-1)
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)
-    index = torch.bucketize(confidence, edges[1:-1])
-    gap = (predicted == labels).double() - confidence
-    per_bin = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, index, gap)
-    return float(per_bin.abs().sum() / len(labels))
+    index = _bins(confidence, bins)
+    sums = torch.zeros(3, bins, dtype=torch.float64, device=logits.device)
+    sums.index_add_(1, index, torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).double()]))
+    return [Bin(int(n), c / n, right / n) for n, c, right in sums.T.tolist() if n]
+
+
+def _bins(confidence: Tensor, bins: int) -> Tensor:
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
+    return torch.bucketize(confidence, edges[1:-1])
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
@@ -73,11 +113,17 @@ def _check(logits: Tensor, labels: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What temperature scaling did to one exit: its temperature and the ECE (0..1) before and after."""
+    """What temperature scaling did to one exit: its temperature, and the ECE (0..1) before and after.
+
+    ece_floor: the ECE that is due to chance alone. before, after: the bins of the reliability diagrams.
+    """
 
     temperature: float
     ece_before: float
     ece_after: float
+    ece_floor: float
+    before: list[Bin]
+    after: list[Bin]
 
 
 def calibrate_exits(logits: Sequence[Tensor], labels: Tensor) -> tuple[Calibration, ...]:
@@ -89,6 +135,7 @@ def calibrate_exits(logits: Sequence[Tensor], labels: Tensor) -> tuple[Calibrati
     done = []
     for z in logits:
         temperature = fit_temperature(z, labels)
-        before = expected_calibration_error(z, labels)
-        done.append(Calibration(temperature, before, expected_calibration_error(z / temperature, labels)))
+        before, after = reliability(z, labels), reliability(z / temperature, labels)
+        floor = expected_ece_floor(z / temperature)
+        done.append(Calibration(temperature, _ece(before), _ece(after), floor, before, after))
     return tuple(done)

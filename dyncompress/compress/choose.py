@@ -1,7 +1,8 @@
 """The exit policy of a trained dynamic model: temperatures, then thresholds, from the calibration set alone."""
 
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -9,13 +10,21 @@ from torch import Tensor
 from ..errors import RequestError
 from ..passes.stages import split_stages
 from ..runtime.dynamic import DynamicModel
-from ..runtime.policy import RULES, ExitPolicy
+from ..runtime.policy import RULES, ExitPolicy, OperatingPolicy, check_rule
 from .batches import LabelledData
 from .calibrate import calibrate_exits
+from .candidates import Cached, Candidates, by_genetic_search, by_quota
 from .distill import UNLABELLED
 from .evaluate import collect_logits
+from .risk import RiskControl, check_rates, control_risk, risk_path
+from .scorer import fit_scorer
 from .slack import held_out_slack
 from .thresholds import OperatingPoint, ThresholdSearch
+
+SearchKind = Literal["grid", "genetic", "quota"]
+RiskKind = Literal["disagreement", "accuracy-loss"]
+
+_PATH_POINTS = 100  # of the curve that risk control walks along
 
 
 def choose_policy(
@@ -23,78 +32,158 @@ def choose_policy(
     calibration: LabelledData,
     *,
     rule: str = "max-softmax",
+    threshold_search: SearchKind | None = None,
     max_loss: float = 0.005,
     macs: float | None = None,
+    risk: float | None = None,
+    confidence: float = 0.9,
+    risk_of: RiskKind = "disagreement",
     static_logits: Tensor | None = None,
+    seed: int = 0,
     device: torch.device | str | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Sets `dynamic.policy` for a stated accuracy loss or a stated budget; another one is another call, no training.
+    """Sets `dynamic.policy` for a stated accuracy loss, budget or risk, and `dynamic.table` for other budgets.
+
+    Another goal is another call, no training.
 
     Args:
         calibration: map-style, of (inputs, int label), not trained on; samples with label -1 are left out.
-        rule: "max-softmax" or "entropy" (`runtime.policy`).
+        rule: a name in `runtime.policy.RULES`.
+        threshold_search: "grid" is exact on a grid (`thresholds`), "quota" tries 39 divisions of the samples
+            (`shares`), "genetic" evolves divisions (`candidates`); None = grid, or genetic where a rule remembers.
         max_loss: accuracy (0..1) that may be lost on unseen samples. On the calibration set less is given away, see
             `slack`, unless more cannot be reached.
         macs: instead, a budget: mean MACs as a share of the static model's.
+        risk: instead, a rate (0..1) that holds for unseen samples with probability `confidence` (`risk`); one half of
+            the samples then makes temperatures and thresholds, the other one the promise.
+        risk_of: "disagreement" with the final exit, or "accuracy-loss" against it.
         static_logits: (N, classes) on the same samples, of the model that the loss counts from; None = the final exit.
+        seed: of the division into halves and of the genetic search.
 
     Returns:
         What was measured on the calibration set, as plain numbers, text and lists: static, final and dynamic accuracy
-        and MACs, every exit's temperature and ECE before and after, the policy, the curve of accuracy over mean MACs.
+        and MACs, every exit's temperature and ECE before and after, the policy, the curve of accuracy over mean MACs,
+        what was promised.
 
     Raises:
-        RequestError: no labelled samples, or thresholds that do what is asked do not exist.
+        RequestError: no labelled samples, too few for the promise, or thresholds that do what is asked do not exist.
     """
-    check_goal(rule, max_loss, macs)
-    logits, labels = collect_logits(dynamic, calibration, device=device)
-    static = logits[-1] if static_logits is None else static_logits
-    *logits_of_exits, static = (z[labels != UNLABELLED] for z in (*logits, static))
-    labels = labels[labels != UNLABELLED]
-    calibrations = calibrate_exits(logits_of_exits, labels)
-    temperatures = tuple(c.temperature for c in calibrations[:-1])
+    check_goal(rule, threshold_search, max_loss, macs, risk, confidence, risk_of)
     stages = split_stages(dynamic.trunk)
-    search = ThresholdSearch(
-        [z / t for z, t in zip(logits_of_exits, (*temperatures, 1.0), strict=True)],
-        labels,
-        [stage.macs for stage in stages],
-        [stage.head_macs for stage in stages[:-1]],
-        rule,
-    )
-    if macs is None:
+    logits, labels = collect_logits(dynamic, calibration, device=device)
+    static = (logits[-1] if static_logits is None else static_logits)[labels != UNLABELLED]
+    everything = Cached(logits, labels, [s.macs for s in stages], [s.head_macs for s in stages[:-1]])
+    everything = everything.rows(labels != UNLABELLED)
+    labels = everything.labels
+    tuning, promising = (everything, None) if risk is None else _halves(everything, seed)
+    calibrations = calibrate_exits(tuning.logits, tuning.labels)
+    template = _template(rule, tuning, [c.temperature for c in calibrations[:-1]])
+    if risk is not None and risk_of == "disagreement":
+        tuning = replace(tuning, labels=tuning.logits[-1].argmax(-1))
+    search = _search(threshold_search, template, tuning, seed, progress)
+    promise: RiskControl | None = None
+    if risk is not None and promising is not None:
+        promise = _promise(search, template, tuning, promising, risk, 1 - confidence, risk_of, seed)
+        dynamic.policy = promise.policy
+    elif macs is None:
         point = _within_loss(search, static.argmax(-1) == labels, max_loss)
+        dynamic.policy = replace(template, thresholds=point.thresholds)
     else:
-        point = search.for_macs(macs * dynamic.static_macs)
-    dynamic.policy = ExitPolicy(rule, point.thresholds, temperatures)
+        dynamic.policy = replace(template, thresholds=search.for_macs(macs * dynamic.static_macs).thresholds)
+    dynamic.table = _table(template, search.curve(), everything)
+    chosen = everything.play(dynamic.policy)
     return {
         "samples": len(labels),
         "static": {"accuracy": accuracy(static, labels), "macs": dynamic.static_macs},
-        "final": {"accuracy": accuracy(logits_of_exits[-1], labels)},
-        "dynamic": {"accuracy": point.accuracy, "mean_macs": point.mean_macs},
+        "final": {"accuracy": accuracy(everything.logits[-1], labels)},
+        "dynamic": {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
         "exits": [
             {"at": at, "share": share, "accuracy_on_all": accuracy(z, labels), **asdict(fitted)}
             for at, share, z, fitted in zip(
-                [*dynamic.exits, "output"], point.shares, logits_of_exits, calibrations, strict=True
+                [*dynamic.exits, "output"], chosen.shares, everything.logits, calibrations, strict=True
             )
         ],
         "policy": dynamic.policy.to_dict(),
-        "curve": [{"mean_macs": p.mean_macs, "accuracy": p.accuracy} for p in search.curve()],
+        "curve": [{"mean_macs": row.mean_macs, "accuracy": row.accuracy} for row in dynamic.table],
+        "risk": None if promise is None else {k: v for k, v in asdict(promise).items() if k != "policy"},
     }
 
 
-def _within_loss(search: ThresholdSearch, static_right: Tensor, max_loss: float) -> OperatingPoint:
+def _halves(cached: Cached, seed: int) -> tuple[Cached, Cached]:
+    order = torch.randperm(len(cached.labels), generator=torch.Generator().manual_seed(seed))
+    middle = len(order) // 2
+    return cached.rows(order[:middle]), cached.rows(order[middle:])
+
+
+def _template(rule: str, cached: Cached, temperatures: Sequence[float]) -> ExitPolicy:
+    """A policy of the rule whose thresholds are still to be chosen."""
+    if rule == "learned":
+        return fit_scorer(cached.logits, cached.labels, temperatures)
+    return ExitPolicy(rule, (RULES[rule].bounds[0],) * len(temperatures), tuple(temperatures))
+
+
+def _search(
+    kind: SearchKind | None, template: ExitPolicy, cached: Cached, seed: int, progress: bool
+) -> ThresholdSearch | Candidates:
+    kind = kind or ("genetic" if RULES[template.rule].remembers else "grid")
+    if kind == "grid":
+        calibrated = [z / t for z, t in zip(cached.logits, (*template.temperatures, 1.0), strict=True)]
+        return ThresholdSearch(calibrated, cached.labels, cached.stage_macs, cached.head_macs, template.rule)
+    if kind == "quota":
+        return Candidates(by_quota(template, cached), cached)
+    return Candidates(by_genetic_search(template, cached, seed=seed, progress=progress), cached)
+
+
+def _within_loss(search: ThresholdSearch | Candidates, static_right: Tensor, max_loss: float) -> OperatingPoint:
     static_accuracy = float(static_right.double().mean())
     target = static_accuracy - held_out_slack(search, static_right, max_loss)
     return search.for_accuracy(max(static_accuracy - max_loss, min(target, search.best_accuracy)))
 
 
-def check_goal(rule: str, max_loss: float, macs: float | None) -> None:
+def _promise(
+    search: ThresholdSearch | Candidates, template: ExitPolicy, tuning: Cached, promising: Cached,
+    risk: float, delta: float, risk_of: RiskKind, seed: int,
+) -> RiskControl:  # fmt: skip
+    by_macs = [replace(template, thresholds=point.thresholds) for point in search.curve(_PATH_POINTS)]
+    path = risk_path(by_macs, tuning.logits)
+    labels = promising.labels if risk_of == "accuracy-loss" else None
+    return control_risk(promising.logits, labels, path, risk=risk, delta=delta, seed=seed)
+
+
+def _table(template: ExitPolicy, points: Sequence[OperatingPoint], cached: Cached) -> list[OperatingPolicy]:
+    """The points with what they do on all samples, by rising MACs."""
+    policies = [replace(template, thresholds=point.thresholds) for point in points]
+    played = [(cached.play(policy), policy) for policy in policies]
+    rows = [OperatingPolicy(point.mean_macs, point.accuracy, policy) for point, policy in played]
+    return sorted(rows, key=lambda row: row.mean_macs)
+
+
+def check_goal(
+    rule: str,
+    threshold_search: SearchKind | None,
+    max_loss: float,
+    macs: float | None,
+    risk: float | None,
+    confidence: float,
+    risk_of: RiskKind,
+) -> None:
     """Raises RequestError for a goal that no model could have."""
-    if rule not in RULES:
-        raise RequestError(f"unknown exit rule {rule!r}; the rules are: {', '.join(RULES)}")
+    check_rule(rule)
+    if threshold_search not in (None, *get_args(SearchKind)):
+        raise RequestError(f"unknown threshold_search {threshold_search!r}: give {', '.join(get_args(SearchKind))}")
+    if risk_of not in get_args(RiskKind):
+        raise RequestError(f"unknown risk_of {risk_of!r}: give {', '.join(get_args(RiskKind))}")
+    if threshold_search == "grid" and RULES[rule].remembers:
+        raise RequestError(f"the grid cannot enumerate rule {rule!r}: take threshold_search genetic or quota")
     if not 0 <= max_loss < 1:
         raise RequestError(f"max_loss is {max_loss}: give the accuracy that may be lost, e.g. 0.005 for half a point")
     if macs is not None and not 0 < macs <= 1:
         raise RequestError(f"macs is {macs}: give a share of the static model's MACs, e.g. 0.5")
+    if risk is not None:
+        check_rates(risk, 1 - confidence)
+    if risk is not None and macs is not None:
+        raise RequestError("a risk and a budget of MACs cannot both be kept: give one of them")
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -22,7 +22,7 @@ from ..passes.capture import Inputs, capture
 from ..passes.exits import InsertExits
 from ..runtime.dynamic import DynamicModel
 from .batches import LabelledData, device_of_model, examples_of, size_of, split_off, to_device
-from .choose import check_goal, choose_policy
+from .choose import RiskKind, SearchKind, check_goal, choose_policy
 from .distill import SelfDistillation
 from .evaluate import collect_logits
 from .trainer import Epoch, fit, training_device
@@ -53,8 +53,12 @@ def convert(
     batch_size: int = 128,
     freeze_trunk: bool = True,
     rule: str = "max-softmax",
+    threshold_search: SearchKind | None = None,
     max_loss: float = 0.005,
     macs: float | None = None,
+    risk: float | None = None,
+    confidence: float = 0.9,
+    risk_of: RiskKind = "disagreement",
     seed: int = 0,
     mixed_precision: str | None = None,
     device: torch.device | str | None = None,
@@ -77,16 +81,27 @@ def convert(
         lr: peak learning rate of the heads.
         freeze_trunk: train the heads only, three times as fast; the final exit stays exactly the static model. Else the
             trained layers learn too, at the peak rate lr * trunk_lr; the final exit may then lose accuracy.
-        rule: "max-softmax" or "entropy" (`runtime.policy`).
+        rule: a name in `runtime.policy.RULES`: max-softmax, entropy, margin, energy, patience or learned.
+        threshold_search: "grid", "genetic" or "quota" (`choose_policy`).
         max_loss: accuracy (0..1) that may be lost against the static model, on unseen samples (see `slack`).
         macs: instead, a budget: mean MACs as a share of the static model's.
+        risk, confidence, risk_of: instead, a rate promised for unseen samples with that probability (`choose_policy`).
         mixed_precision, device, run_dir, resume, progress: see `trainer.fit`.
 
     Raises:
         RequestError: wrong arguments or data, no place for the exits, or thresholds that do what is asked do not exist.
         DynCompressError: the training failed.
     """
-    check_goal(rule, max_loss, macs)
+    leaving: dict[str, Any] = {
+        "rule": rule,
+        "threshold_search": threshold_search,
+        "max_loss": max_loss,
+        "macs": macs,
+        "risk": risk,
+        "confidence": confidence,
+        "risk_of": risk_of,
+    }
+    check_goal(**leaving)
     if trunk_lr <= 0:
         raise RequestError(f"trunk_lr is {trunk_lr}: give a positive share of lr, or freeze the trunk")
     splits = _divided(data, seed) if data is not None else None
@@ -122,11 +137,11 @@ def convert(
     report = choose_policy(
         dynamic,
         calibration,
-        rule=rule,
-        max_loss=max_loss,
-        macs=macs,
+        **leaving,
         static_logits=static_logits,
+        seed=seed,
         device=device,
+        progress=progress,
     )
     _note(dynamic, {"history": [asdict(epoch) for epoch in history], **report})
     return dynamic

@@ -7,12 +7,14 @@ without the fold of sample i and d_i(s) = right(static, i) - right(t_{-f(i)}(s),
     max { s <= max_loss : mean_i d_i(s) + sd_i d_i(s) / sqrt(N) <= max_loss },      or 0 where there is none,
 
 with one standard error of safety (the one-standard-error rule of Breiman et al., Classification and Regression Trees,
-1984), d_i averaged over several divisions into folds. Small calibration sets therefore buy less.
+1984), d_i averaged over several divisions into folds. Small calibration sets therefore buy less. Listed candidates
+(`candidates`) stay the same in every fold; the choice among them is what is judged.
 """
 
 import numpy as np
 from torch import Tensor
 
+from .candidates import Candidates
 from .thresholds import ThresholdSearch
 
 _FOLDS = 5
@@ -20,7 +22,7 @@ _DIVISIONS = 4
 _LEVELS = 11
 
 
-def held_out_slack(search: ThresholdSearch, static_right: Tensor, max_loss: float) -> float:
+def held_out_slack(search: ThresholdSearch | Candidates, static_right: Tensor, max_loss: float) -> float:
     """The accuracy to give away on the calibration set, 0..max_loss, so that `max_loss` holds for unseen samples.
 
     Args:

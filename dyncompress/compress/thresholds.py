@@ -21,7 +21,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ..errors import RequestError
-from ..runtime.policy import RULES
+from ..runtime.policy import RULES, check_rule
 
 _TABLE_SIZE = 250_000  # combinations of thresholds counted at once
 _MAX_EXITS = 16
@@ -260,8 +260,9 @@ def _best(first: Floats, second: Floats) -> int:
 def _check(
     logits: Sequence[Tensor], labels: Tensor, stage_macs: Sequence[float], head_macs: Sequence[float], rule: str
 ) -> None:
-    if rule not in RULES:
-        raise RequestError(f"unknown exit rule {rule!r}; the rules are: {', '.join(RULES)}")
+    check_rule(rule)
+    if RULES[rule].remembers:
+        raise RequestError(f"rule {rule!r} remembers the exits before, so its thresholds cannot be searched one by one")
     exits = len(logits) - 1
     if not 1 <= exits <= _MAX_EXITS:
         raise RequestError(f"thresholds can be searched for 1 to {_MAX_EXITS} early exits, not {exits}")

@@ -8,6 +8,7 @@ from a stranger is refused, or computes: wrong numbers at worst, or too many.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .dynamic import DynamicModel
 from .graph_json import decode_nodes, encode_nodes
 from .json_values import decode, encode
 from .module_json import decode_modules, encode_modules
-from .policy import ExitPolicy
+from .policy import ExitPolicy, OperatingPolicy
 from .stream_folder import GRAPH, is_model_folder, read_folder
 from .structure_json import check_identifier, encode_call, set_call
 from .tensor_file import check_destination, first_line, read_file, read_model, write_file
@@ -107,6 +108,8 @@ def describe(model: nn.Module, table: Table, info: dict[str, Any] | None) -> dic
     }
     if isinstance(model, DynamicModel):
         document["policy"] = encode(model.policy.to_dict(), "the exit policy")
+        rows = [{**asdict(row), "policy": row.policy.to_dict()} for row in model.table]
+        document["table"] = encode(rows, "the table of budgets")
     return document
 
 
@@ -150,7 +153,7 @@ def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     gm._modules, gm._parameters, gm._buffers = root._modules, root._parameters, root._buffers
     gm._non_persistent_buffers_set = root._non_persistent_buffers_set
     gm.meta.update(decode(document["meta"]))
-    model = _dynamic(gm, document["policy"]) if document["kind"] == "dynamic" else gm
+    model = _dynamic(gm, document) if document["kind"] == "dynamic" else gm
     _set_modes(model, gm, document)
     return model
 
@@ -173,5 +176,10 @@ def _graph_module(model: nn.Module) -> fx.GraphModule:
     return gm
 
 
-def _dynamic(gm: fx.GraphModule, policy: Any) -> DynamicModel:
-    return DynamicModel(gm, ExitPolicy.from_dict(decode(policy)))
+def _dynamic(gm: fx.GraphModule, document: dict[str, Any]) -> DynamicModel:
+    rows = decode(document["table"]) if "table" in document else []  # files of before there were tables
+    table = [
+        OperatingPolicy(float(row["mean_macs"]), float(row["accuracy"]), ExitPolicy.from_dict(row["policy"]))
+        for row in rows
+    ]
+    return DynamicModel(gm, ExitPolicy.from_dict(decode(document["policy"])), table)

@@ -1,6 +1,7 @@
 """The dynamic model: a graph with exits that answers each sample at the first exit that is sure of it."""
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,8 +14,9 @@ from ..errors import RequestError
 from ..passes.cost import count_macs
 from ..passes.modes import evaluating
 from ..passes.stages import Stage, split_stages, without_exits
+from .deadline import Deadline
 from .inputs import batch_size, flat_inputs
-from .policy import ExitPolicy
+from .policy import ExitPolicy, OperatingPolicy, State, within_budget
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,22 @@ class DynamicModel(nn.Module):
     Args:
         gm: a graph that `InsertExits` has run on; it becomes the child `trunk`.
         policy: decides who leaves where; None: nobody leaves early.
+        table: policies for other budgets, for `predict(budget=...)`.
 
     Raises:
-        RequestError: `gm` has no exits, or the policy another number of them.
+        RequestError: `gm` has no exits, or a policy another number of them.
     """
 
-    def __init__(self, gm: fx.GraphModule, policy: ExitPolicy | None = None) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, policy: ExitPolicy | None = None, table: Sequence[OperatingPolicy] = ()
+    ) -> None:
         super().__init__()
         self.trunk = gm
         self.training = gm.training
         self._cached: _Pieces | None = None
         self._pieces()
         self.policy = policy or ExitPolicy.never(len(self.exits))
+        self.table = tuple(table)
 
     # --- what it is ----------------------------------------------------------------------------------------------
 
@@ -75,11 +81,25 @@ class DynamicModel(nn.Module):
 
     @policy.setter
     def policy(self, policy: ExitPolicy) -> None:
+        self._check(policy)
+        self._policy = policy
+
+    @property
+    def table(self) -> tuple[OperatingPolicy, ...]:
+        """Policies for other budgets; may be set at any time."""
+        return self._table
+
+    @table.setter
+    def table(self, table: Sequence[OperatingPolicy]) -> None:
+        for row in table:
+            self._check(row.policy)
+        self._table = tuple(table)
+
+    def _check(self, policy: ExitPolicy) -> None:
         if len(policy.thresholds) != len(self.exits):
             raise RequestError(
                 f"the policy has {len(policy.thresholds)} thresholds, the model {len(self.exits)} early exits"
             )
-        self._policy = policy
 
     def with_policy(self, policy: ExitPolicy) -> "DynamicModel":
         """The same model, sharing the trunk, under another policy."""
@@ -132,38 +152,53 @@ class DynamicModel(nn.Module):
             return self.trunk(*args, **kwargs)
 
     @torch.no_grad()
-    def predict(self, *args: Any, **kwargs: Any) -> Prediction:
+    def predict(
+        self, *args: Any, budget: float | None = None, deadline_ms: float | None = None, **kwargs: Any
+    ) -> Prediction:
         """Answers every sample at its first sure exit; what comes after an exit runs on the undecided samples only.
 
         Called like the model itself, with any batch size. Evaluation mode, no gradients.
 
+        Args:
+            budget: mean MACs per sample, which the policy is looked up for in `table`; None: the model's own policy.
+            deadline_ms: answer with the best so far rather than begin a stage that would end later, counted from the
+                call. The first stage always runs, and every head, since any may be the last.
+
         Raises:
-            RequestError: the inputs do not fit the model.
+            RequestError: the inputs do not fit the model, the table has nothing for the budget, a wrong deadline.
         """
         flat = flat_inputs(self.trunk, args, kwargs)
-        on = tuple(self.policy.is_on(k) for k in range(len(self.policy.thresholds)))
+        policy = self.policy if budget is None else within_budget(self.table, budget)
+        deadline = None if deadline_ms is None else Deadline(deadline_ms, next(self.trunk.parameters()).device)
+        on = tuple(deadline is not None or policy.is_on(k) for k in range(len(policy.thresholds)))
         macs = self._exit_macs(on)
         if batch_size(self.trunk, flat) == 0:
             logits = self._no_logits()
             return Prediction(logits, torch.zeros(0, dtype=torch.int64, device=logits.device), macs)
         with self._evaluating():
             if any(on):
-                return Prediction(*self._run_stages(flat), macs)
+                return Prediction(*self._run_stages(flat, policy, deadline), macs)
             logits = self._pieces().static(*args, **kwargs)
         return Prediction(logits, torch.full((len(logits),), len(on), device=logits.device), macs)
 
-    def _run_stages(self, values: list[Any]) -> tuple[Tensor, Tensor]:
+    def _run_stages(self, values: list[Any], policy: ExitPolicy, deadline: Deadline | None) -> tuple[Tensor, Tensor]:
         """Logits (N, C) and exit index (N,); `rows` are the undecided samples' places in the batch, None: all."""
         logits = exit_index = torch.empty(0)
         rows: Tensor | None = None
-        stages = self._pieces().stages
-        for k, stage in enumerate(stages):
+        state: State = ()
+        done_macs = 0
+        for k, stage in enumerate(self._pieces().stages):
+            if deadline is not None and k > 0:
+                left = len(logits) if rows is None else len(rows)
+                if not deadline.allows(done_macs, left * (stage.macs + stage.head_macs)):
+                    break
             values = list(stage.body(*values))
             z = values[stage.outputs.index(stage.at)]
             if stage.head is not None:
-                if not self.policy.is_on(k):
+                if deadline is None and not policy.is_on(k):
                     continue
                 z = stage.head(z)
+            done_macs += len(z) * (stage.macs + stage.head_macs)
             if rows is None:
                 logits, exit_index = z, torch.full((len(z),), k, device=z.device)
             else:  # those who stay are overwritten later
@@ -171,12 +206,14 @@ class DynamicModel(nn.Module):
                 exit_index.index_fill_(0, rows, k)
             if stage.head is None:
                 break
-            stay = torch.nonzero(~self.policy.leaves(k, z)).flatten()
+            leaves, state = policy.decide(k, z, state)
+            stay = torch.nonzero(~leaves).flatten()
             if len(stay) == 0:
                 break
             if len(stay) == len(z):
                 continue
             rows = stay if rows is None else rows.index_select(0, stay)
+            state = tuple(remembered.index_select(0, stay) for remembered in state)
             values = [
                 value.index_select(0, stay) if compact else value
                 for value, compact in zip(values, stage.per_sample, strict=True)

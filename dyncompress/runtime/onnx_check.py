@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DynCompressError
 from .dynamic import DynamicModel, Prediction
-from .policy import RULES
+from .policy import State
 from .samples import call_flat
 
 BATCHES = (1, 3, 64)
@@ -150,7 +150,10 @@ def _excuse(
     for row in rows:
         k = min(int(got[row]), int(wanted.exit_index[row]))
         threshold = policy.thresholds[k]
-        score = RULES[policy.rule].score(all_logits[k][row : row + 1].float() / policy.temperatures[k])
+        state: State = ()
+        for before in (j for j in range(k) if policy.is_on(j)):
+            _, state = policy.score(before, all_logits[before][row : row + 1], state)
+        score, _ = policy.score(k, all_logits[k][row : row + 1], state)
         if threshold is None or not tolerance.allows(score, torch.full_like(score, threshold)):
             raise DynCompressError(
                 f"the ONNX file disagrees with PyTorch at batch size {n}: sample {row} leaves at exit {int(got[row])} "

@@ -16,8 +16,11 @@ from .dynamic import DynamicModel
 from .onnx_heads import use_window_pooling
 from .onnx_recurrent import use_onnx_layers
 from .onnx_trace import Value, trace
-from .policy import ExitPolicy
+from .policy import RULES, ExitPolicy
 from .samples import call_flat
+
+# What a rule with memory hands from one live exit to the next; no node of a graph can have a name with a dot.
+_STATE = ("exit_rule.answer", "exit_rule.agreed")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class _Piece(nn.Module):
         self.bodies = nn.ModuleList(s.body for s in stages)
         self.stages, self.inputs, self.fixed, self.policy, self.k = stages, inputs, fixed, policy, k
         last = stages[-1]
-        self.outputs = [] if last.head is None else [n for n in last.outputs if n not in stages[0].inputs]
+        state = _STATE if RULES[policy.rule].remembers else ()
+        self.outputs = [] if last.head is None else [*(n for n in last.outputs if n not in stages[0].inputs), *state]
 
     def forward(self, *given: Value) -> tuple[Value, ...]:
         values: dict[str, Any] = {**self.fixed, **dict(zip(self.inputs, given, strict=True))}
@@ -55,7 +59,9 @@ class _Piece(nn.Module):
         if head is None:
             return (z,)
         z = head(z)
-        return (*(values[n] for n in self.outputs), z, ~self.policy.leaves(self.k, z))
+        leaves, state = self.policy.decide(self.k, z, tuple(values[n] for n in _STATE if n in values))
+        values.update(zip(_STATE, state, strict=False))  # nothing, where a rule has no memory
+        return (*(values[n] for n in self.outputs), z, ~leaves)
 
 
 def trace_segments(model: DynamicModel, flat: Sequence[Any], opset: int) -> list[Segment]:
@@ -87,7 +93,7 @@ def _segment(
     values: dict[str, Any], dynamic: dict[str, list[int] | None], opset: int,
 ) -> Segment:  # fmt: skip
     """Traces the stages up to exit `k`; adds what they give to `values` and `dynamic`."""
-    needed = stages[0].inputs
+    needed = [*stages[0].inputs, *(n for n in _STATE if n in values and stages[-1].head is not None)]
     inputs = {n: values[n] for n in needed if n in dynamic}
     piece = _Piece(stages, list(inputs), {n: values[n] for n in needed if n not in dynamic}, policy, k)
     traced = trace(piece, inputs, dynamic, opset)
@@ -98,7 +104,7 @@ def _segment(
             raise DynCompressError(f"'{name}', a {type(value).__name__}, passes an exit and has no ONNX form")
         values[name], dynamic[name] = _own_memory(value), varies
     last = stages[-1]
-    per_sample = {n for n, has_batch in zip(last.outputs, last.per_sample, strict=True) if has_batch}
+    per_sample = {n for n, has_batch in zip(last.outputs, last.per_sample, strict=True) if has_batch} | {*_STATE}
     return Segment(traced.graph, k, list(inputs), piece.outputs, per_sample)
 
 

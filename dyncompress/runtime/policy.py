@@ -1,7 +1,16 @@
 """Exit policies: which samples leave at which exit.
 
-max-softmax   leave when max softmax(z / T) >= threshold           (Guo et al. 2017; Kaya et al. 2019)
-entropy       leave when H(softmax(z / T)) / ln C <= threshold     (BranchyNet; normalised as in FastBERT)
+With p = softmax(z / T), a sample leaves at exit k when
+
+max-softmax   max p >= threshold                                   (Guo et al. 2017; Kaya et al. 2019)
+margin        p of the first class - p of the second >= threshold
+entropy       H(p) / ln C <= threshold                             (BranchyNet; normalised as in FastBERT)
+energy        1/2 + e / (2 + 2|e|) >= threshold, e = logsumexp(z / T) - ln C   (Liu et al. 2020; all logits zero: 1/2)
+patience      the exits' answers agreed threshold times in a row   (PABEE, Zhou et al. 2020)
+learned       sigmoid(w_k . [max p, entropy, margin, a / (a + 1)] + b_k) >= threshold, a agreements in a row
+                                                                   (after EENet, Ilhan et al. 2024)
+
+The last two remember the answers of the exits before; an exit that is off gives none.
 """
 
 import math
@@ -14,6 +23,9 @@ from torch import Tensor
 
 from ..errors import RequestError
 
+# What a rule remembers of the exits before, one (N,) int64 tensor each; nothing before the first or without memory.
+State = tuple[Tensor, ...]
+
 
 def max_softmax(z_NC: Tensor) -> Tensor:
     """The largest class probability of each row of logits, in [0, 1]; higher is surer."""
@@ -25,44 +37,110 @@ def normalized_entropy(z_NC: Tensor) -> Tensor:
     return torch.special.entr(torch.softmax(z_NC, -1)).sum(-1) / math.log(z_NC.shape[-1])
 
 
+def margin(z_NC: Tensor) -> Tensor:
+    """How far the largest class probability of each row is ahead of the second, in [0, 1]; higher is surer."""
+    first_second_N2 = torch.softmax(z_NC, -1).topk(2, -1).values
+    return first_second_N2[..., 0] - first_second_N2[..., 1]
+
+
+def energy(z_NC: Tensor) -> Tensor:
+    """The negative free energy of each row over that of zero logits, put into (0, 1); higher is surer."""
+    e_N = torch.logsumexp(z_NC, -1) - math.log(z_NC.shape[-1])
+    return 0.5 + 0.5 * e_N / (1 + e_N.abs())
+
+
+def exit_features(z_NC: Tensor, agreed_N: Tensor) -> Tensor:
+    """What the learned score sees of each sample: (N, 4), all in [0, 1]."""
+    agreed = agreed_N / (agreed_N + 1)
+    return torch.stack([max_softmax(z_NC), normalized_entropy(z_NC), margin(z_NC), agreed], -1)
+
+
+def _patience(_: Tensor, agreed_N: Tensor, __: Sequence[float]) -> Tensor:
+    return agreed_N.float()
+
+
+def _learned(z_NC: Tensor, agreed_N: Tensor, weights: Sequence[float]) -> Tensor:
+    features = exit_features(z_NC, agreed_N)
+    return torch.sigmoid(features @ features.new_tensor(weights[:-1]) + weights[-1])
+
+
+FEATURES = 4  # of `exit_features`
+
+
 @dataclass(frozen=True)
 class Rule:
-    """A score for each row of logits, and on which side of a threshold a sample leaves."""
+    """A score per sample, on which side of a threshold it leaves, and the thresholds there can be.
 
-    score: Callable[[Tensor], Tensor]
-    high_leaves: bool
+    score: of logits (N, C); with memory, of logits, agreements in a row (N,) and the exit's weights.
+    """
+
+    score: Callable[..., Tensor]
+    high_leaves: bool = True
+    bounds: tuple[float, float] = (0.0, 1.0)
+    remembers: bool = False
 
 
-RULES = {"max-softmax": Rule(max_softmax, True), "entropy": Rule(normalized_entropy, False)}
+RULES = {
+    "max-softmax": Rule(max_softmax),
+    "entropy": Rule(normalized_entropy, high_leaves=False),
+    "margin": Rule(margin),
+    "energy": Rule(energy),
+    "patience": Rule(_patience, bounds=(1.0, math.inf), remembers=True),
+    "learned": Rule(_learned, remembers=True),
+}
+
+
+def check_rule(rule: str) -> None:
+    """Raises RequestError for a rule that does not exist."""
+    if rule not in RULES:
+        raise RequestError(f"unknown exit rule {rule!r}; the rules are: {', '.join(RULES)}")
 
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """One threshold in [0, 1] and one temperature per early exit; threshold None (or infinite): that exit is off.
+    """One threshold and one temperature per early exit; threshold None (or infinite): that exit is off.
+
+    Thresholds lie in [0, 1]; those of patience are counts from 1. `weights` are the learned rule's, four and a bias per
+    early exit.
 
     Raises:
-        RequestError: an unknown rule, or thresholds and temperatures that do not fit it or each other.
+        RequestError: an unknown rule, or thresholds, temperatures and weights that do not fit it or each other.
     """
 
     rule: str
     thresholds: tuple[float | None, ...]
     temperatures: tuple[float, ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise RequestError(f"unknown exit rule {self.rule!r}; the rules are: {', '.join(RULES)}")
+        check_rule(self.rule)
         thresholds = [None if t is None or math.isinf(t) else float(t) for t in self.thresholds]
         temperatures = [float(t) for t in self.temperatures] or [1.0] * len(thresholds)
         if len(temperatures) != len(thresholds):
             raise RequestError(f"{len(thresholds)} thresholds but {len(temperatures)} temperatures; give one per exit")
+        low, high = RULES[self.rule].bounds
         for k, threshold in enumerate(thresholds):
-            if threshold is not None and not 0 <= threshold <= 1:
-                raise RequestError(f"threshold {threshold} of exit {k} is not in [0, 1]; None switches it off")
+            if threshold is not None and not low <= threshold <= high:
+                raise RequestError(
+                    f"threshold {threshold} of exit {k} is not in [{low:g}, {high:g}]; None switches it off"
+                )
         for k, temperature in enumerate(temperatures):
             if not 0 < temperature < math.inf:
                 raise RequestError(f"temperature {temperature} of exit {k} is not a positive number")
         object.__setattr__(self, "thresholds", tuple(thresholds))
         object.__setattr__(self, "temperatures", tuple(temperatures))
+        object.__setattr__(self, "weights", tuple(tuple(float(w) for w in row) for row in self.weights))
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        rows = len(self.thresholds) if self.rule == "learned" else 0
+        if len(self.weights) != rows or any(len(row) != FEATURES + 1 for row in self.weights):
+            raise RequestError(
+                f"rule {self.rule!r} with {len(self.thresholds)} exits takes {rows} rows of {FEATURES + 1} weights, "
+                f"got {len(self.weights)} of {sorted({len(row) for row in self.weights})}"
+            )
+        if not all(math.isfinite(w) for row in self.weights for w in row):
+            raise RequestError("the weights of the learned rule are not finite")
 
     @classmethod
     def never(cls, exits: int) -> "ExitPolicy":
@@ -73,21 +151,39 @@ class ExitPolicy:
         """Whether any sample may leave at exit `k`."""
         return self.thresholds[k] is not None
 
-    def leaves(self, k: int, z_NC: Tensor) -> Tensor:
-        """Bool (N,): which samples leave at exit `k`, given its logits; none where the exit is off."""
-        threshold, rule = self.thresholds[k], RULES[self.rule]
+    def score(self, k: int, z_NC: Tensor, state: State = ()) -> tuple[Tensor, State]:
+        """What the rule compares with the threshold of exit `k`, (N,), and what it remembers from then on."""
+        rule, z_NC = RULES[self.rule], z_NC.float() / self.temperatures[k]
+        if not rule.remembers:
+            return rule.score(z_NC), ()
+        answer_N = z_NC.argmax(-1)
+        agreed_N = torch.zeros_like(answer_N) if not state else (state[1] + 1) * (answer_N == state[0])
+        return rule.score(z_NC, agreed_N, self.weights[k] if self.weights else ()), (answer_N, agreed_N)
+
+    def decide(self, k: int, z_NC: Tensor, state: State = ()) -> tuple[Tensor, State]:
+        """Bool (N,): which samples leave at exit `k`, given its logits; none where the exit is off.
+
+        state: what the call for the last exit that is on returned, for the same samples; its second result is the next.
+        """
+        threshold = self.thresholds[k]
         if threshold is None:
-            return torch.zeros(len(z_NC), dtype=torch.bool, device=z_NC.device)
-        score_N = rule.score(z_NC.float() / self.temperatures[k])
-        return score_N >= threshold if rule.high_leaves else score_N <= threshold
+            return torch.zeros(len(z_NC), dtype=torch.bool, device=z_NC.device), state
+        score_N, state = self.score(k, z_NC, state)
+        return (score_N >= threshold if RULES[self.rule].high_leaves else score_N <= threshold), state
+
+    def exit_of(self, logits: Sequence[Tensor]) -> Tensor:
+        """(N,) int64: the exit that answers each sample, from every exit's logits (N, C), the final ones last."""
+        at_N = torch.full((len(logits[-1]),), len(logits) - 1, device=logits[-1].device)
+        state: State = ()
+        for k, z_NC in enumerate(logits[:-1]):
+            leaves_N, state = self.decide(k, z_NC, state)
+            at_N[leaves_N & (at_N == len(logits) - 1)] = k
+        return at_N
 
     def to_dict(self) -> dict[str, Any]:
         """The policy in JSON's own types."""
-        return {
-            "rule": self.rule,
-            "thresholds": list(self.thresholds),
-            "temperatures": list(self.temperatures),
-        }
+        plain = {"rule": self.rule, "thresholds": list(self.thresholds), "temperatures": list(self.temperatures)}
+        return {**plain, "weights": [list(row) for row in self.weights]} if self.weights else plain
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ExitPolicy":
@@ -95,7 +191,31 @@ class ExitPolicy:
         missing = {"rule", "thresholds", "temperatures"} - set(data)
         if missing:
             raise RequestError(f"the exit policy lacks {', '.join(sorted(missing))}")
-        return cls(data["rule"], tuple(data["thresholds"]), tuple(data["temperatures"]))
+        weights = tuple(tuple(row) for row in data.get("weights", ()))
+        return cls(data["rule"], tuple(data["thresholds"]), tuple(data["temperatures"]), weights)
+
+
+@dataclass(frozen=True)
+class OperatingPolicy:
+    """A policy and what it does on the calibration set: mean multiply-adds per sample, accuracy (0..1)."""
+
+    mean_macs: float
+    accuracy: float
+    policy: ExitPolicy
+
+
+def within_budget(table: Sequence[OperatingPolicy], macs: float) -> ExitPolicy:
+    """The most accurate policy of a table with at most this many mean MACs per sample.
+
+    Raises:
+        RequestError: the table is empty, or even its cheapest policy costs more.
+    """
+    if not table:
+        raise RequestError("this model has no table of budgets: dyncompress.compress.choose.choose_policy makes one")
+    allowed = [row for row in table if row.mean_macs <= macs]
+    if not allowed:
+        raise RequestError(f"a budget of {macs:.0f} MACs is below the least, {min(r.mean_macs for r in table):.0f}")
+    return max(allowed, key=lambda row: (row.accuracy, -row.mean_macs)).policy
 
 
 def expected_macs(exit_macs: Sequence[int], shares: Sequence[float]) -> float:

@@ -127,12 +127,20 @@ class Convert:
     """Samples per training step."""
     freeze_trunk: bool = True
     """Train the heads only: quicker, and the final exit stays exactly the static model."""
-    rule: Literal["max-softmax", "entropy"] = "max-softmax"
-    """Leave at the first exit with a high enough largest probability, or a low enough entropy."""
+    rule: Literal["max-softmax", "entropy", "margin", "energy", "patience", "learned"] = "max-softmax"
+    """Leave at the first exit that is sure: by its probabilities, agreement with those before, a learned score."""
+    threshold_search: Literal["grid", "genetic", "quota"] | None = None
+    """How thresholds are found; by default on a grid, genetic for patience and learned."""
     max_loss: float = 0.005
     """Accuracy, 0..1, that may be lost against the static model on the calibration split."""
     macs: float | None = None
     """Instead of max_loss a budget: mean MACs as a share of the static model's, 0..1."""
+    risk: float | None = None
+    """Instead of max_loss a rate, 0..1, promised for unseen data, such as 0.01, on half the calibration split."""
+    confidence: float = 0.9
+    """How sure that promise is, 0..1."""
+    risk_of: Literal["disagreement", "accuracy-loss"] = "disagreement"
+    """What is promised to be rare: other answers than the full model's, or accuracy lost against it."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of training; by default what accelerate is configured to."""
 
