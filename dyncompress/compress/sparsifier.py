@@ -16,13 +16,14 @@ from torch import Tensor, fx
 
 from ..errors import RequestError
 from ..passes.axes import Axes, as_keep, infer_axes
+from ..passes.dims import Atom
 from ..passes.shrink import shrink_axes
-from .budget import COUNTS, measure
+from .budget import COUNTS, Left, measure
 from .group_lasso import GroupLasso
 from .groups import check_kinds
 from .kept import Kept
-from .ranking import Limits, default_scope
-from .search import choose
+from .ranking import Keep, Limits, Ranking, default_scope
+from .search import saved_by, search
 from .strength import doomed, horizon, keep_without, pulls, spared
 from .surgery import Surgery, operate
 from .trainer import LossFunction
@@ -30,7 +31,7 @@ from .trainer import LossFunction
 _CHECKS = 50  # while sparsifying
 _NEAR = 0.1  # share of the first model above the target
 _TINY = 1e-30
-_LAMBDAS = 2  # lambda is set at every second of them: finding it counts the model about ten times
+_LAMBDAS = 2  # lambda is set at every second of them: finding it may count the model ten times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,7 @@ class Sparsifier:
         candidates = self.asked.limits.candidates(self._axes)
         self.lasso = GroupLasso(self._axes, self.asked.kinds, candidates=candidates)
         self._share = COUNTS[self.asked.metric](gm) / self._amount
-        self._measured = measure(self._axes, self.asked.metric, candidates)
+        self._measured = _remembered(measure(self._axes, self.asked.metric, candidates))
         pull = self._floors() if self.asked.target is None else torch.zeros_like(self.lasso.sizes)
         self._hold(~self.lasso.live, pull)
 
@@ -238,9 +239,10 @@ class Sparsifier:
         norms = self.lasso.norms().cpu()
         scores = {name: norms[at] for name, at in self.lasso.groups.of_axis.items()}
         scope = default_scope(self.asked.metric, self.asked.limits.depth)
-        asked: dict[str, Any] = {"scope": scope, "whole": self._sizes}
-        keep = choose(self._axes, scores, self.asked.metric, target / self._share, self.asked.limits, **asked)
-        return doomed(self._axes, self.lasso, keep)
+        cost = saved_by(self._axes, self._measured)
+        ranking = Ranking(self._axes, scores, self.asked.limits, cost, scope=scope, whole=self._sizes)
+        goes = search(ranking, self._measured, self.asked.metric, target / self._share)
+        return doomed(self._axes, self.lasso, ranking.keep(goes))
 
     def _from_ratio(self, ratio: float) -> float:
         assert self._first_loss is not None
@@ -257,6 +259,19 @@ class Sparsifier:
             )
         keep = as_keep(self._axes, keep_without(self._axes, self.lasso, everything))
         _check_counts(self._axes, keep)
+
+
+def _remembered(left: Left) -> Left:
+    """The same measure, taken once for the same counts: which indices stay makes no difference to it."""
+    known: dict[frozenset[tuple[Atom, int]], float] = {}
+
+    def once(keep: Keep) -> float:
+        counts = frozenset((atom, len(kept)) for atom, kept in keep.items())
+        if counts not in known:
+            known[counts] = left(keep)
+        return known[counts]
+
+    return once
 
 
 def _check_counts(axes: Axes, keep: Mapping[Any, Tensor]) -> None:
