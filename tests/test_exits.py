@@ -157,8 +157,8 @@ def test_a_head_is_rebuilt_from_its_spec(name: str) -> None:
 def test_exits_by_name() -> None:
     gm = InsertExits(("relu_6", "relu_2"))(graph("resnet")).gm
     assert gm.meta["exits"] == ["relu_2", "relu_6"]
-    assert str(InsertExits(("relu_2",))) == "insert-exits: {exits: [relu_2]}"
-    assert str(InsertExits()) == "insert-exits: {exits: 3}"
+    assert str(InsertExits(("relu_2",))) == "insert-exits: {exits: [relu_2], head: auto}"
+    assert str(InsertExits()) == "insert-exits: {exits: 3, head: auto}"
     assert InsertExits(["relu_2"]) == InsertExits(("relu_2",))  # as a recipe gives it
 
 
@@ -276,7 +276,7 @@ def test_outputs_without_clear_logits_are_refused(shape: str) -> None:
 
 
 def test_too_many_exits() -> None:
-    with pytest.raises(RequestError, match=r"exits=9: the model has room for 3 \(relu, relu_1, mul\); ask for fewer"):
+    with pytest.raises(RequestError, match=r"exits=9: the model has room for 2 \(relu, relu_1\); ask for fewer"):
         InsertExits(9)(graph("two-inputs"))
 
 

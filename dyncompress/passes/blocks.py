@@ -7,6 +7,7 @@ After each node, the live values are those computed so far and used later. A cut
     remade       batch sizes, devices, parameters and what only they make: never live, made again after the cut
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -162,6 +163,21 @@ class Flow:
         self._needs[node] = frozenset(needs)
         if node not in self.remade:
             self._last_use.update(dict.fromkeys(needs, self.order[node]))
+
+
+def remake(graph: fx.Graph, node: fx.Node, anchor: fx.Node, fetch: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """Makes a remade node again in `graph`, with the batch size and the device of `anchor`; `fetch` gives the rest."""
+    if node.target is device_of:
+        return like(node, graph.create_node("call_function", device_of, (anchor,), name=node.name))
+    if node.target is aten.sym_size.int:
+        return like(node, graph.create_node("call_function", node.target, (anchor, 0), name=node.name))
+    return graph.node_copy(node, fetch)
+
+
+def like(node: fx.Node, made: fx.Node) -> fx.Node:
+    """`made`, with the meta of `node`."""
+    made.meta = dict(node.meta)
+    return made
 
 
 def _has_parameters(gm: fx.GraphModule, node: fx.Node) -> bool:

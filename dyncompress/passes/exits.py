@@ -2,32 +2,29 @@
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from ..errors import RequestError
-from .blocks import CutPoint, cut_points
-from .cost import count_macs, count_parameters
-from .heads import HEADS, VectorHead, head_spec
+from .blocks import Flow, cut_points
+from .cost import count_macs, count_parameters, node_macs
+from .head_choice import CASCADE, COPY, HEAD_KINDS, Place, last_place_like, make_head
+from .head_modules import Cascade, Ensemble
+from .heads import VectorHead, head_spec
+from .insertion import copy_tail, exit_nodes, graph_exits, insert_head, needed_for
 from .result import GraphPass, PassResult
 from .typing import Typing, type_graph
 from .unstack import unstack_recurrent
 
+EVERY, OWN = "every", "own"
+
 _LEAST_REST = 0.05  # an exit that saves less than this share of the MACs is not worth its head
 _HEAD_MACS, _HEAD_PARAMETERS = 0.005, 0.1  # shares of the model up to which a head may read a finer grid
 _DETOUR = 0.1  # share of the MACs that an exit may be off its place so that only one tensor crosses there
-
-
-@dataclass(frozen=True)
-class Place:
-    """A cut point that can take an exit, and the spec of the head it would get."""
-
-    point: CutPoint
-    spec: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,51 +33,78 @@ class InsertExits(GraphPass):
 
     1. `exits` a number: at equal shares of the MACs, k/(exits + 1), each at the nearest place left;
     2. `exits` node names: after exactly these nodes;
-    3. a recurrent module of several layers is unstacked first (see `unstack`), so that an exit can follow any of them.
+    3. `exits` "every": after every block (see `blocks`);
+    4. `exits` "own": where the model has classifiers of its own, one per entry of the tuple of logits that it returns;
+    5. a recurrent module of several layers is unstacked first (see `unstack`), so that an exit can follow any of them.
 
-    The heads become the modules ``exits.0``, ``exits.1``, ...; the graph's output becomes the plain tuple of every
-    exit's (batch, classes) logits, the model's own last; `gm.meta["exits"]` lists the nodes that the exits follow.
+    `head` is one of `HEAD_KINDS` (`head_choice`), the same for all. The heads become the modules ``exits.0``,
+    ``exits.1``, ...; the graph's output becomes the plain tuple of every exit's logits, (batch, classes) or (batch,
+    time, classes), the model's own last; `gm.meta["exits"]` lists the nodes that the exits follow.
 
     Raises:
-        RequestError: the model has no single (batch, classes) logits output, or too few places for exits.
+        RequestError: the model has no logits output of such a shape, too few places for exits, or none for such heads.
     """
 
     name: ClassVar[str] = "insert-exits"
-    exits: int | tuple[str, ...] = 3
+    exits: int | str | tuple[str, ...] = 3
+    head: str = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.exits, list):
             object.__setattr__(self, "exits", tuple(self.exits))
         if self.exits == () or (isinstance(self.exits, int) and self.exits < 1):
             raise RequestError(f"exits={self.exits!r}: give a number of at least 1, or names of graph nodes")
+        if isinstance(self.exits, str) and self.exits not in (EVERY, OWN):
+            raise RequestError(f'exits={self.exits!r}: give a number, a list of graph nodes, "{EVERY}" or "{OWN}"')
+        if self.head not in HEAD_KINDS:
+            raise RequestError(f"head={self.head!r}: use one of {', '.join(HEAD_KINDS)}")
 
     def rewrite(self, gm: fx.GraphModule) -> PassResult:
-        if hasattr(gm, "exits"):
+        if gm.meta.get("exits") or hasattr(gm, "exits"):
             raise RequestError("the model already has a module named 'exits'; insert all exits in one pass")
-        logits, unstacked = find_logits(gm), unstack_recurrent(gm)
+        unstacked: list[str] = []
+        if self.exits == OWN:
+            if self.head != HEAD_KINDS[0]:
+                raise RequestError(f'exits="{OWN}" keeps the classifiers of the model: leave out head={self.head}')
+            use_own_exits(gm)
+        else:
+            logits = find_logits(gm)
+            unstacked = unstack_recurrent(gm)
+            self._add(gm, logits)
+        return PassResult(gm, True, {**_report(gm), "unstacked": unstacked})
+
+    def _add(self, gm: fx.GraphModule, logits: fx.Node) -> None:
         types, total = type_graph(gm), count_macs(gm)
-        classes = logits.meta["val"].shape[1]
-        places = exit_places(gm, types, classes)
+        places = exit_places(gm, types, logits)
         if isinstance(self.exits, int):
             chosen = _at_equal_shares(places, self.exits, total)
+        elif self.exits == EVERY:
+            chosen = _after_every_block(places, total)
         else:
+            assert isinstance(self.exits, tuple)
             chosen = _by_name(places, self.exits)
-        _insert(gm, logits, chosen)
-        report = [
-            {
-                "at": place.point.node.name,
-                "path": place.point.node.meta.get("path", ""),
-                "share": place.point.macs / total,
-                "head": place.spec,
-                "head_macs": head.macs_per_sample,
-            }
-            for place, head in zip(chosen, gm.get_submodule("exits").children(), strict=True)
-        ]
-        return PassResult(gm, True, {"exits": report, "macs": total, "unstacked": unstacked})
+        _insert(gm, Flow(gm, types), logits, places, chosen, self.head)
+
+
+def _report(gm: fx.GraphModule) -> dict[str, Any]:
+    """MACs of the model without exits, and for every exit the share of them spent before it and those of its head."""
+    extra, costs = exit_nodes(gm), node_macs(gm)
+    spent = dict(zip(costs, accumulate(0 if n in extra else macs for n, macs in costs.items()), strict=True))
+    total = max(spent.values())
+    exits = [
+        {
+            "at": exit.at.name,
+            "path": exit.at.meta.get("path", ""),
+            "share": spent[exit.at] / total,
+            "head_macs": sum(costs[n] for n in exit.nodes),
+        }
+        for exit in graph_exits(gm)
+    ]
+    return {"exits": exits, "macs": total}
 
 
 def find_logits(gm: fx.GraphModule) -> fx.Node:
-    """The output node that holds the (batch, classes) logits.
+    """The output node that holds the (batch, classes) or (batch, time, classes) logits.
 
     It is the only tensor output; else what the model calls `logits`; else the only (batch, n) floating-point output.
 
@@ -89,21 +113,22 @@ def find_logits(gm: fx.GraphModule) -> fx.Node:
     """
     flat = [n for n in pytree.tree_leaves(gm.graph.output_node().args[0]) if isinstance(n, fx.Node)]
     tensors = [n for n in dict.fromkeys(flat) if isinstance(n.meta.get("val"), Tensor)]
-    vectors = [n for n in tensors if _is_logits(n)]
+    vectors = [n for n in tensors if _is_logits(n) and n.meta["val"].dim() == 2]
     named = _named_logits(gm)
     found = tensors if len(tensors) == 1 else [named] if named is not None else vectors
     if len(found) != 1 or not _is_logits(found[0]):
         shapes = ", ".join(f"{n.name} {('batch', *n.meta['val'].shape[1:])}" for n in tensors) or "none"
+        own = f'; exits="{OWN}" takes the classifiers of a model that has several' if len(vectors) > 1 else ""
         raise RequestError(
-            f"exits need one (batch, classes) logits output with at least 2 classes; the model's tensor outputs are: "
-            f"{shapes} - return the logits alone or under the key 'logits'"
+            f"exits need one (batch, classes) logits output with at least 2 classes, or (batch, time, classes); the model's "
+            f"tensor outputs are: {shapes} - return the logits alone or under the key 'logits'{own}"
         )
     return found[0]
 
 
 def _is_logits(node: fx.Node) -> bool:
     val = node.meta["val"]
-    return val.dim() == 2 and val.is_floating_point() and val.shape[1] > 1
+    return val.dim() in (2, 3) and val.is_floating_point() and val.shape[-1] > 1
 
 
 def _named_logits(gm: fx.GraphModule) -> fx.Node | None:
@@ -120,15 +145,26 @@ def _named_logits(gm: fx.GraphModule) -> fx.Node | None:
 # --- where -------------------------------------------------------------------------------------------------------
 
 
-def exit_places(gm: fx.GraphModule, types: Typing, classes: int) -> list[Place]:
+def exit_places(gm: fx.GraphModule, types: Typing, logits: fx.Node) -> list[Place]:
     """Every cut point whose tensor a head can read, in graph order."""
     most_weights = int(min(_HEAD_MACS * count_macs(gm), _HEAD_PARAMETERS * count_parameters(gm)))
-    specs = ((p, head_spec(types, p.node, classes, most_weights)) for p in cut_points(gm, types))
-    return [Place(point, spec) for point, spec in specs if spec is not None]
+    specs = ((p, head_spec(types, p.node, logits.meta["val"], most_weights)) for p in cut_points(gm, types))
+    return [Place(point, spec) for point, spec in specs if spec is not None and point.node is not logits]
+
+
+def _after_every_block(places: list[Place], total: int) -> list[Place]:
+    chosen = [p for p in _usable(places, total) if p.point.single]
+    if not chosen:
+        raise RequestError(f'exits="{EVERY}": the model has no place where only one tensor is live; give node names')
+    return chosen
+
+
+def _usable(places: list[Place], total: int) -> list[Place]:
+    return _one_per_cost([p for p in places if 0 < p.point.macs <= (1 - _LEAST_REST) * total - p.head_macs])
 
 
 def _at_equal_shares(places: list[Place], count: int, total: int) -> list[Place]:
-    usable = _one_per_cost([p for p in places if 0 < p.point.macs <= (1 - _LEAST_REST) * total])
+    usable = _usable(places, total)
     if not usable:
         raise RequestError(
             f"exits={count}: the model has no place for an exit, that is no features with the batch as their first dim "
@@ -180,23 +216,71 @@ def _by_name(places: list[Place], names: tuple[str, ...]) -> list[Place]:
 # --- insertion ---------------------------------------------------------------------------------------------------
 
 
-def _insert(gm: fx.GraphModule, logits: fx.Node, chosen: list[Place]) -> None:
+def _insert(
+    gm: fx.GraphModule, flow: Flow, logits: fx.Node, places: list[Place], chosen: list[Place], kind: str
+) -> None:
     output = gm.graph.output_node()
-    parameter = next(gm.parameters())
-    early = []
+    early, followed = [], []
+    before: fx.Node | None = None
     for k, place in enumerate(chosen):
-        at = place.point.node
-        head = HEADS[place.spec["type"]](**place.spec["args"]).to(parameter.device, at.meta["val"].dtype)
-        gm.add_submodule(f"exits.{k}", head.train(gm.training))
-        with gm.graph.inserting_after(at):
-            early.append(gm.graph.call_module(f"exits.{k}", (at,)))
-        shape = (at.meta["val"].shape[0], logits.meta["val"].shape[1])
-        early[-1].meta = {"val": torch.empty(shape, dtype=at.meta["val"].dtype, device="meta"), "path": f"exits.{k}"}
+        at, path = place.point.node, f"exits.{k}"
+        if kind == COPY:
+            early.append(copy_tail(gm, path, flow, last_place_like(place, places), logits, at))
+        elif kind == CASCADE:
+            at = before = _cascade(gm, path, place, before, k)
+            ensemble = Ensemble(k + 1, logits.meta["val"].shape[-1])
+            early.append(insert_head(gm, f"{path}.ensemble", ensemble, (at,), at))
+        else:
+            early.append(insert_head(gm, path, make_head(kind, place), (at,), at))
+        followed.append(at.name)
     output.args = ((*early, logits),)
+    _finish(gm, followed)
+
+
+def _cascade(gm: fx.GraphModule, path: str, place: Place, before: fx.Node | None, k: int) -> fx.Node:
+    """The exit's own answer, behind those of the exits before it."""
+    at = place.point.node
+    z = insert_head(gm, f"{path}.head", make_head(CASCADE, place), (at,), at)
+    inputs = (z,) if before is None else (z, before)
+    return insert_head(gm, f"{path}.cascade", Cascade(z.meta["val"].shape[1], before is None), inputs, z)
+
+
+def use_own_exits(gm: fx.GraphModule) -> None:
+    """Makes exits of a model's own classifiers: its output is a tuple of logits of one shape, early first.
+
+    Raises:
+        RequestError: it is not, or what leads to one of them does not start from a single tensor.
+    """
+    flat = pytree.tree_leaves(gm.graph.output_node().args[0])
+    logits = [n for n in flat if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), Tensor) and _is_logits(n)]
+    shapes = {n.meta["val"].shape for n in logits}
+    if len(logits) != len(flat) or len(flat) < 2 or len(shapes) != 1:
+        raise RequestError(
+            f'exits="{OWN}" needs a model that returns several logits of one shape, early first; this one returns '
+            f"{len(flat)} outputs, {len(logits)} of them logits"
+        )
+    followed = [_read_by_head(gm, logits, k).name for k in range(len(logits) - 1)]
+    gm.graph.output_node().args = (tuple(logits),)
+    _finish(gm, followed)
+
+
+def _read_by_head(gm: fx.GraphModule, logits: list[fx.Node], k: int) -> fx.Node:
+    """The one node that what only `logits[k]` needs starts from."""
+    own = needed_for([logits[k]]) - needed_for(logits[:k] + logits[k + 1 :])
+    read = {n.name: n for node in own for n in node.all_input_nodes if n not in own}
+    if len(read) != 1:
+        raise RequestError(
+            f'exits="{OWN}": the classifier {logits[k].name} reads {", ".join(read) or "nothing"}, not one tensor; '
+            "samples cannot leave there"
+        )
+    return next(iter(read.values()))
+
+
+def _finish(gm: fx.GraphModule, followed: list[str]) -> None:
     plain_outputs(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
-    gm.meta["exits"] = [place.point.node.name for place in chosen]
+    gm.meta["exits"] = followed
     gm.recompile()
 
 
@@ -204,14 +288,3 @@ def plain_outputs(graph: fx.Graph) -> None:
     """Lets a graph return its output as it stands; its call keeps the user's own structure."""
     info = graph._codegen.pytree_info  # type: ignore[attr-defined]
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(info.orig_args, info.in_spec, None)))
-
-
-def exit_heads(gm: fx.GraphModule) -> list[fx.Node]:
-    """The head calls of a graph with exits, early first.
-
-    Raises:
-        RequestError: the graph has no exits.
-    """
-    if not gm.meta.get("exits"):
-        raise RequestError("the graph has no exits; run InsertExits on it first")
-    return list(gm.graph.output_node().args[0])[:-1]  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from .dims import resolve
 from .typing import Typing
@@ -45,6 +46,7 @@ class ImageHead(ExitHead):
     """
 
     arguments = ("channels", "classes", "channel_dim", "grid")
+    by_windows = False  # the same results, computed as onnxruntime is fastest
 
     def __init__(self, channels: int, classes: int, channel_dim: int = 1, grid: int = 1) -> None:
         super().__init__()
@@ -61,6 +63,9 @@ class ImageHead(ExitHead):
         if self.grid == 1:
             space = list(range(2, x.dim()))
             return x.mean(space), x.amax(space)
+        if self.by_windows:
+            window = [side // self.grid for side in x.shape[2:]]
+            return F.avg_pool2d(x, window).flatten(1), F.max_pool2d(x, window).flatten(1)
         rows = x.unflatten(2, (self.grid, -1))  # two steps: faster on a CPU than a pooling window
         mean = rows.mean(3).unflatten(3, (self.grid, -1)).mean(4)
         maximum = rows.amax(3).unflatten(3, (self.grid, -1)).amax(4)
@@ -102,14 +107,18 @@ class VectorHead(ExitHead):
 HEADS: dict[str, type[ExitHead]] = {kind.__name__: kind for kind in (ImageHead, TokenHead, VectorHead)}
 
 
-def head_spec(types: Typing, node: fx.Node, classes: int, most_weights: int) -> dict[str, Any] | None:
+def head_spec(types: Typing, node: fx.Node, logits: Tensor, most_weights: int) -> dict[str, Any] | None:
     """The `spec` of the head for a cut at `node`; None where the tensor is no floating-point feature map.
 
-    An image head has the finest grid, up to 4 by 4, that needs no more than `most_weights`.
+    An image head has the finest grid, up to 4 by 4, that needs no more than `most_weights`. Where the `logits` have
+    positions, the features must have the same ones.
     """
-    val = node.meta["val"]
+    val, classes = node.meta["val"], logits.shape[-1]
     if not val.is_floating_point() or val.dim() < 2:
         return None
+    if logits.dim() == 3:
+        fits = val.dim() == 3 and val.shape[1] == logits.shape[1] and _channel_dim(types, node) == 2
+        return {"type": "PositionHead", "args": {"features": val.shape[2], "classes": classes}} if fits else None
     if val.dim() == 2:
         return {"type": "VectorHead", "args": {"features": val.shape[1], "classes": classes}}
     dim = _channel_dim(types, node)

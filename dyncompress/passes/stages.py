@@ -5,20 +5,17 @@ and parameters make are made again in each stage from its own first per-sample i
 reach the modules and parameters of the whole graph through their child `trunk`, so that nothing in them goes stale.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
-import torch
 from torch import fx, nn
 
 from ..errors import RequestError
-from .blocks import Flow
+from .blocks import Flow, like, remake
 from .cost import node_macs
-from .exits import exit_heads, plain_outputs
-from .lift import device_of
+from .exits import plain_outputs
+from .insertion import Exit, exit_nodes, graph_exits
 from .typing import type_graph
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,11 @@ class Stage:
 
 def without_exits(gm: fx.GraphModule) -> fx.GraphModule:
     """The static graph inside a graph with exits: the user's own call, the final logits; shares all modules of `gm`."""
-    heads = set(exit_heads(gm))
+    return _without(gm, exit_nodes(gm))
+
+
+def _without(gm: fx.GraphModule, dropped: Collection[fx.Node]) -> fx.GraphModule:
+    """The final logits of a graph with exits, computed without some nodes that they do not need."""
     graph = fx.Graph()
     graph.set_codegen(gm.graph._codegen)
     plain_outputs(graph)
@@ -51,7 +52,7 @@ def without_exits(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node.op == "output":
             graph.output(copies[node.args[0][-1]])
-        elif node not in heads:
+        elif node not in dropped:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op in {"call_module", "get_attr"}:
                 copies[node].target = f"trunk.{node.target}"
@@ -64,31 +65,47 @@ def split_stages(gm: fx.GraphModule) -> list[Stage]:
     Raises:
         RequestError: the graph has no exits, or an exit where it cannot be cut.
     """
-    whole = without_exits(gm)
-    flow, macs = Flow(whole, type_graph(whole)), node_macs(whole)
+    exits = graph_exits(gm)
+    whole = _without(gm, {node for exit in exits for node in exit.nodes})
+    flow, macs, head_macs = Flow(whole, type_graph(whole)), node_macs(whole), node_macs(gm)
     by_name = {node.name: node for node in whole.graph.nodes}
     nodes = [n for n in whole.graph.nodes if n.op not in {"placeholder", "output"}]
     live = tuple(whole.graph.find_nodes(op="placeholder"))
     stages = []
-    for call in exit_heads(gm):
-        at = by_name[call.args[0].name]  # type: ignore[union-attr]
+    for exit in exits:
+        at = by_name[exit.at.name]
         end = nodes.index(at) + 1
         crossing = _crossing(flow, at)
-        head = gm.get_submodule(str(call.target))
-        stages.append(_stage(gm, flow, macs, live, nodes[:end], crossing, at, head))
+        head = exit.module(gm) or _body(gm, _head_graph(exit))
+        stage = _stage(gm, flow, macs, live, nodes[:end], crossing, at)
+        stages.append(replace(stage, head=head, head_macs=sum(head_macs[n] for n in exit.nodes)))
         nodes, live = nodes[end:], crossing
     logits = whole.graph.output_node().args[0]
     assert isinstance(logits, fx.Node)
-    return [*stages, _stage(gm, flow, macs, live, nodes, (logits,), logits, None)]
+    return [*stages, _stage(gm, flow, macs, live, nodes, (logits,), logits)]
 
 
 def _crossing(flow: Flow, at: fx.Node) -> tuple[fx.Node, ...]:
+    """What the stage that ends at `at` hands on, `at` included: its head reads it, even where nothing else does."""
     live = flow.live_after(at)
-    stuck = [n.name for n in live if not flow.crosses(n)]
-    if stuck or at not in live:
-        reason = f"{', '.join(stuck)} cannot pass on" if stuck else "nothing after it reads it"
-        raise RequestError(f"the graph cannot be cut after {at.name}: {reason}; insert the exit elsewhere")
-    return live
+    stuck = [n.name for n in (*live, at) if not flow.crosses(n)]
+    if stuck:
+        raise RequestError(
+            f"the graph cannot be cut after {at.name}: {', '.join(dict.fromkeys(stuck))} cannot pass on; "
+            "insert the exit elsewhere"
+        )
+    return live if at in live else (*live, at)
+
+
+def _head_graph(exit: Exit) -> fx.Graph:
+    graph = fx.Graph()
+    copies = {exit.at: like(exit.at, graph.placeholder(exit.at.name))}
+    for node in exit.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op in {"call_module", "get_attr"}:
+            copies[node].target = f"trunk.{node.target}"
+    graph.output(copies[exit.logits])
+    return graph
 
 
 def _stage(
@@ -99,17 +116,16 @@ def _stage(
     nodes: list[fx.Node],
     outputs: tuple[fx.Node, ...],
     at: fx.Node,
-    head: nn.Module | None,
 ) -> Stage:
     return Stage(
         body=_body(gm, _stage_graph(flow, inputs, nodes, outputs)),
-        head=head,
+        head=None,
         at=at.name,
         inputs=[n.name for n in inputs],
         outputs=[n.name for n in outputs],
         per_sample=[flow.per_sample(n) for n in outputs],
         macs=sum(macs[n] for n in nodes),
-        head_macs=0 if head is None else int(head.macs_per_sample),  # type: ignore[arg-type]
+        head_macs=0,
     )
 
 
@@ -117,13 +133,13 @@ def _stage_graph(flow: Flow, inputs: Iterable[fx.Node], nodes: list[fx.Node], ou
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
-        copies[node] = _like(node, graph.create_node("placeholder", node.name, name=node.name))
+        copies[node] = like(node, graph.create_node("placeholder", node.name, name=node.name))
     anchor = next(copies[n] for n in inputs if flow.per_sample(n))
 
     def fetch(node: fx.Node) -> fx.Node:
         """The stage's own copy of a value; what is remade is made where it is first needed."""
         if node not in copies:
-            copies[node] = _remake(graph, node, anchor, fetch)
+            copies[node] = remake(graph, node, anchor, fetch)
         return copies[node]
 
     for node in nodes:
@@ -131,19 +147,6 @@ def _stage_graph(flow: Flow, inputs: Iterable[fx.Node], nodes: list[fx.Node], ou
             copies[node] = graph.node_copy(node, fetch)
     graph.output(tuple(copies[n] for n in outputs))
     return graph
-
-
-def _remake(graph: fx.Graph, node: fx.Node, anchor: fx.Node, fetch: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    if node.target is device_of:
-        return _like(node, graph.create_node("call_function", device_of, (anchor,), name=node.name))
-    if node.target is aten.sym_size.int:
-        return _like(node, graph.create_node("call_function", node.target, (anchor, 0), name=node.name))
-    return graph.node_copy(node, fetch)
-
-
-def _like(node: fx.Node, made: fx.Node) -> fx.Node:
-    made.meta = dict(node.meta)
-    return made
 
 
 def _body(trunk: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
