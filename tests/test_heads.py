@@ -227,7 +227,7 @@ def test_a_language_model_gets_a_head_at_every_position() -> None:
     assert new.report["exits"][0]["head_macs"] == 9 * 16 * 50
     again = dynamic.all_logits(torch.cat([ids[:, :3], ids[:, :3]], 1))
     torch.testing.assert_close(again[0][:, :3], logits[0][:, :3])  # no position sees a later one
-    with pytest.raises(dc.RequestError, match="one per position: use auto or copy"):
+    with pytest.raises(dc.RequestError, match="at every position: use auto or copy"):
         InsertExits(1, "mlp")(dc.capture(language, ids))
 
 

@@ -120,8 +120,8 @@ def find_logits(gm: fx.GraphModule) -> fx.Node:
         shapes = ", ".join(f"{n.name} {('batch', *n.meta['val'].shape[1:])}" for n in tensors) or "none"
         own = f'; exits="{OWN}" takes the classifiers of a model that has several' if len(vectors) > 1 else ""
         raise RequestError(
-            f"exits need one (batch, classes) logits output with at least 2 classes, or (batch, time, classes); the model's "
-            f"tensor outputs are: {shapes} - return the logits alone or under the key 'logits'{own}"
+            f"exits need one (batch, classes) logits output with at least 2 classes, or (batch, time, classes); the "
+            f"model's tensor outputs are: {shapes} - return the logits alone or under the key 'logits'{own}"
         )
     return found[0]
 

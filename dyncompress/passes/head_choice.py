@@ -1,6 +1,6 @@
 """Which head an exit gets, by name.
 
-auto       images: a learned mix of maximum and mean on a small grid (Shallow-Deep Networks); tokens: norm and linear
+auto       images: a learned mix of maximum and mean on a small grid (Shallow-Deep Networks); tokens: norm and
            layer on the token the model reads, or on every position where it answers there; vectors: a linear layer
 linear     the mean, then a linear layer
 mlp        tokens and vectors: norm, a hidden layer, a linear layer
@@ -47,9 +47,7 @@ def make_head(kind: str, place: Place) -> nn.Module:
     reads, args = place.spec["type"], place.spec["args"]
     if reads == PositionHead.__name__:
         if kind != "auto":
-            raise RequestError(
-                f'head="{kind}" gives one answer per sample, the model one per position: use auto or copy'
-            )
+            raise RequestError(f'head="{kind}" answers once per sample, the model at every position: use auto or copy')
         return PositionHead(**args)
     if kind in ("auto", CASCADE):
         return HEADS[reads](**args)

@@ -24,10 +24,10 @@ class LinearHead(nn.Module):
 
 
 class AttentionHead(nn.Module):
-    """SCAN's head (Zhang et al., NeurIPS 2019): the map times an attention map of its own, a bottleneck, a linear layer.
+    """SCAN's head (Zhang et al., NeurIPS 2019): the map times an attention map of its own, a bottleneck, linear.
 
-    Attention: conv 3x3 stride 2, BatchNorm, ReLU, transposed conv 4 stride 2, BatchNorm, sigmoid. Bottleneck: conv 1x1 to
-    a quarter of the channels, conv 3x3 stride 2, conv 1x1 back, each with BatchNorm and ReLU; then the mean.
+    Attention: conv 3x3 stride 2, BatchNorm, ReLU, transposed conv 4 stride 2, BatchNorm, sigmoid. Bottleneck: conv 1x1
+    to a quarter of the channels, conv 3x3 stride 2, conv 1x1 back, each with BatchNorm and ReLU; then the mean.
     """
 
     def __init__(self, channels: int, classes: int, channel_dim: int) -> None:
@@ -58,7 +58,7 @@ def _conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> 
 
 
 class MLPHead(nn.Module):
-    """LayerNorm, a hidden layer as wide as the features with GELU, a linear layer; `token` None reads a plain vector."""
+    """LayerNorm, a hidden layer as wide as the features with GELU, linear; `token` None reads a plain vector."""
 
     def __init__(self, features: int, classes: int, token: str | None = None) -> None:
         super().__init__()

@@ -40,13 +40,17 @@ def graph_exits(gm: fx.GraphModule) -> list[Exit]:
     """
     if not gm.meta.get("exits"):
         raise RequestError("the graph has no exits; run InsertExits on it first")
-    *early, _ = gm.graph.output_node().args[0]  # type: ignore[misc]
     found = []
-    for name, logits in zip(gm.meta["exits"], early, strict=True):
-        at = _followed(gm, name, logits)  # type: ignore[arg-type]
-        nodes = _back_to(at, logits)  # type: ignore[arg-type]
-        found.append(Exit(at, tuple(n for n in gm.graph.nodes if n in nodes), logits))  # type: ignore[arg-type]
+    for name, logits in zip(gm.meta["exits"], all_logits(gm)[:-1], strict=True):
+        at = _followed(gm, name, logits)
+        nodes = _back_to(at, logits)
+        found.append(Exit(at, tuple(n for n in gm.graph.nodes if n in nodes), logits))
     return found
+
+
+def all_logits(gm: fx.GraphModule) -> list[fx.Node]:
+    """The outputs of a graph with exits, early first, the final logits last."""
+    return list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 def _exit_head(gm: fx.GraphModule, call: fx.Node) -> ExitHead | None:
@@ -89,8 +93,8 @@ def needed_for(outputs: Iterable[fx.Node]) -> set[fx.Node]:
 
 def exit_nodes(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes of a graph with exits that its final answer does not need, but an early one does."""
-    *early, final = gm.graph.output_node().args[0]  # type: ignore[misc]
-    return needed_for(early) - needed_for([final])  # type: ignore[arg-type,list-item]
+    *early, final = all_logits(gm)
+    return needed_for(early) - needed_for([final])
 
 
 def exit_modules(gm: fx.GraphModule) -> set[str]:
