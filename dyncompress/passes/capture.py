@@ -63,12 +63,13 @@ def capture(model: nn.Module, example_inputs: Inputs) -> fx.GraphModule:
     if not isinstance(model, nn.Module):
         raise RequestError(f"expected a torch.nn.Module to capture, got {type(model).__name__}")
     args, kwargs = _rebatch(split_inputs(example_inputs))
-    with _capture_mode(model), untouched(model):
+    with _capture_mode(model):
         try:
             graph, owner = recorded(model, args, kwargs, CAPTURE_BATCH), model
         except Unrecorded as reason:
             _log.debug("%s goes through torch.export: %s", type(model).__name__, reason)
-            owner = _export(model, args, kwargs).module(check_guards=False)
+            with untouched(model):
+                owner = _export(model, args, kwargs).module(check_guards=False)
             graph = owner.graph
     return lift(graph, owner, model)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .standard_modules import MODULE_BUILDERS
+from .typing import attribute
 
 aten = torch.ops.aten
 
@@ -104,26 +105,17 @@ def _copied_tensors(graph: fx.Graph, owner: nn.Module, model: nn.Module) -> dict
     """id of every tensor of the model or the graph's owner -> its copy."""
     found = [tensor for root in dict.fromkeys((model, owner)) for tensor in (*root.parameters(), *root.buffers())]
     for node in graph.find_nodes(op="get_attr"):
-        value = _get(owner, node.target)
+        value = attribute(owner, str(node.target))
         if isinstance(value, Tensor):
             found.append(value)
+            node.meta["source"] = id(value)
     copies: dict[int, Tensor] = {}
     for tensor in found:
         if id(tensor) not in copies:
             data = tensor.detach().clone()
             is_param = isinstance(tensor, nn.Parameter)
             copies[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_param else data
-    for node in graph.find_nodes(op="get_attr"):
-        value = _get(owner, node.target)
-        if isinstance(value, Tensor):
-            node.meta["source"] = id(value)
     return copies
-
-
-def _get(module: nn.Module, path: Any) -> Any:
-    for part in str(path).split("."):
-        module = getattr(module, part)
-    return module
 
 
 # --- 3. modules --------------------------------------------------------------------------------------------------
@@ -144,23 +136,17 @@ def _candidates(node: fx.Node) -> list[str]:
     return list(dict.fromkeys([_module_path(node), *weights]))
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
-
-
 def _match_modules(graph: fx.Graph, model: nn.Module, tensors: dict[int, Tensor]) -> dict[str, nn.Module]:
     """Turns matching calls into call_module nodes; returns the modules by dotted name."""
     lifted: dict[str, nn.Module] = {}
+    originals = _modules(model)
     for node in list(graph.nodes):
         build = MODULE_BUILDERS.get(node.target) if node.op == "call_function" else None
         if build is None:
             continue
         sources = {n.meta["source"] for n in node.all_input_nodes if "source" in n.meta}
         for path in _candidates(node):
-            original = _submodule(model, path) if path else None
+            original = originals.get(path)
             if original is None or (path in lifted and lifted[path].meta_call != _call_key(node)):
                 continue
             own = _own_tensors(original)
@@ -177,6 +163,11 @@ def _match_modules(graph: fx.Graph, model: nn.Module, tensors: dict[int, Tensor]
     for module in lifted.values():
         del module.meta_call
     return lifted
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules inside `model` by every name they have."""
+    return {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
 
 
 def _call_key(node: fx.Node) -> str:
@@ -259,17 +250,18 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
 
 
 def _lift_dropout(graph: fx.Graph, model: nn.Module, root: nn.Module) -> None:
+    originals, placed = _modules(model), _modules(root)
     for node in list(graph.nodes):
         kind = _DROPOUTS.get(node.target) if node.op == "call_function" else None
         if kind is None:
             continue
         path, rate = _module_path(node), float(node.args[1])
-        original = _submodule(model, path)
-        if not isinstance(original, nn.modules.dropout._DropoutNd):
+        if not isinstance(originals.get(path), nn.modules.dropout._DropoutNd):
             path = f"{path}.dropout".lstrip(".")
-        while _submodule(root, path) is not None and getattr(_submodule(root, path), "p", None) != rate:
+        while path in placed and getattr(placed[path], "p", None) != rate:
             path += "_"
-        _put(root, path, kind(rate))
+        placed[path] = kind(rate)
+        _put(root, path, placed[path])
         _replace_call(graph, node, path, (node.args[0],), None)
 
 

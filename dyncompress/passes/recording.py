@@ -108,9 +108,9 @@ class _OnDevice(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ASKED:
             return _ASKED[func](self._device)
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if kwargs.get("device") is not None:
-            kwargs["device"] = _META
+            kwargs = {**kwargs, "device": _META}
         return func(*[_META if isinstance(arg, torch.device) else arg for arg in args], **kwargs)
 
 
@@ -126,6 +126,10 @@ class _Recorder(ProxyTorchDispatchMode):
         self._sources = {id(t): Source(-1, name=name) for name, t in recording.inputs.items()}
         self._made: dict[Any, Source] = {}  # by place: torch hands out a second tensor on what a factory has made
         self._alive: list[Any] = list(known.values())  # an id stays a tensor's own as long as the tensor lives
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and torch's guard against it takes as long as the rest of a call
 
     def __enter__(self) -> "_Recorder":
         _set_mode_pre_dispatch(self)

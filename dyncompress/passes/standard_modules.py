@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from . import recurrent  # registers the opaque operator
+from .typing import bound_args
 
 aten = torch.ops.aten
 
@@ -28,14 +29,6 @@ class Built:
 
 
 Builder = Callable[[fx.Node, nn.Module, dict[str, int]], Built | None]
-
-
-def _bound(node: fx.Node) -> dict[str, Any]:
-    """The call's arguments by name, schema defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    values |= {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}
-    return values | dict(node.kwargs)
 
 
 def _source(arg: Any) -> int | None:
@@ -67,7 +60,7 @@ def _pair(value: Any, n: int) -> tuple[int, ...]:
 
 def _conv(kind: type[nn.Module], dims: int) -> Builder:
     def build(node: fx.Node, _: nn.Module, own: dict[str, int]) -> Built | None:
-        a = _bound(node)
+        a = bound_args(node)
         if not _named(own, weight=a["weight"], bias=a["bias"]):
             return None
         out, per_group, *kernel = a["weight"].meta["val"].shape
@@ -85,7 +78,7 @@ def _conv(kind: type[nn.Module], dims: int) -> Builder:
 
 def _conv_transpose(kind: type[nn.Module], dims: int) -> Builder:
     def build(node: fx.Node, _: nn.Module, own: dict[str, int]) -> Built | None:
-        a = _bound(node)
+        a = bound_args(node)
         if not _named(own, weight=a["weight"], bias=a["bias"]):
             return None
         inp, per_group, *kernel = a["weight"].meta["val"].shape
@@ -99,7 +92,7 @@ def _conv_transpose(kind: type[nn.Module], dims: int) -> Builder:
 
 
 def _linear(node: fx.Node, _: nn.Module, own: dict[str, int]) -> Built | None:
-    a = _bound(node)
+    a = bound_args(node)
     if not _named(own, weight=a["weight"], bias=a["bias"]):
         return None
     out, inp = a["weight"].meta["val"].shape
@@ -107,7 +100,7 @@ def _linear(node: fx.Node, _: nn.Module, own: dict[str, int]) -> Built | None:
 
 
 def _embedding(node: fx.Node, _: nn.Module, own: dict[str, int]) -> Built | None:
-    a = _bound(node)
+    a = bound_args(node)
     if not _named(own, weight=a["weight"]) or a["sparse"] or a["scale_grad_by_freq"]:
         return None
     count, dim = a["weight"].meta["val"].shape
@@ -119,7 +112,7 @@ _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.B
 
 
 def _batch_norm(node: fx.Node, original: nn.Module, own: dict[str, int]) -> Built | None:
-    a = _bound(node)
+    a = bound_args(node)
     named = {k: a[k] for k in ("weight", "bias", "running_mean", "running_var")}
     if not isinstance(original, nn.modules.batchnorm._BatchNorm) or not _named(own, **named):
         return None  # a frozen batch norm is no BatchNorm: train() must not wake it
@@ -131,7 +124,7 @@ def _batch_norm(node: fx.Node, original: nn.Module, own: dict[str, int]) -> Buil
 
 
 def _layer_norm(node: fx.Node, _: nn.Module, own: dict[str, int]) -> Built | None:
-    a = _bound(node)
+    a = bound_args(node)
     if not _named(own, weight=a["weight"], bias=a["bias"]):
         return None
     shape, affine = tuple(a["normalized_shape"]), a["weight"] is not None
@@ -140,7 +133,7 @@ def _layer_norm(node: fx.Node, _: nn.Module, own: dict[str, int]) -> Built | Non
 
 
 def _group_norm(node: fx.Node, _: nn.Module, own: dict[str, int]) -> Built | None:
-    a = _bound(node)
+    a = bound_args(node)
     if not _named(own, weight=a["weight"], bias=a["bias"]) or a["weight"] is None or a["bias"] is None:
         return None
     channels = a["input"].meta["val"].shape[1]
@@ -148,14 +141,14 @@ def _group_norm(node: fx.Node, _: nn.Module, own: dict[str, int]) -> Built | Non
 
 
 def _rms_norm(node: fx.Node, _: nn.Module, own: dict[str, int]) -> Built | None:
-    a = _bound(node)
+    a = bound_args(node)
     if not _named(own, weight=a["weight"]) or a["weight"] is None:
         return None
     return Built(_meta(nn.RMSNorm, tuple(a["normalized_shape"]), a["eps"]), (a["input"],))
 
 
 def _prelu(node: fx.Node, original: nn.Module, own: dict[str, int]) -> Built | None:
-    a = _bound(node)
+    a = bound_args(node)
     if not _named(own, weight=a["weight"]):
         return None
     return Built(_meta(nn.PReLU, a["weight"].meta["val"].shape[0]), (a["self"],))

@@ -6,6 +6,7 @@ without a rule, or whose rule contradicts the traced shape, freezes everything i
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,12 +51,17 @@ def op_name(node: fx.Node) -> str:
 
 def bound_args(node: fx.Node) -> dict[str, Any]:
     """A call's arguments by name, schema defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    if getattr(node.target, "_schema", None) is None:
         return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
-    values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    values |= {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}
-    return values | dict(node.kwargs)
+    names, defaults = _signature(node.target)
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+@cache
+def _signature(target: Any) -> tuple[list[str], dict[str, Any]]:
+    """Names and defaults of an operator's arguments."""
+    arguments = target._schema.arguments
+    return [a.name for a in arguments], {a.name: a.default_value for a in arguments if a.has_default_value()}
 
 
 @dataclass
@@ -160,10 +166,11 @@ def flat(typed: Any) -> Iterable[Dim]:
 
 
 def attribute(root: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path."""
-    for part in path.split("."):
-        root = getattr(root, part)
-    return root
+    """The attribute of a module at a dotted path."""
+    *parents, name = path.split(".")
+    for part in parents:
+        root = root._modules[part]  # type: ignore[assignment]  # asking the module itself takes many times as long
+    return getattr(root, name)
 
 
 def type_graph(gm: fx.GraphModule) -> Typing:
