@@ -19,13 +19,17 @@ from torch import fx, nn
 
 from ..errors import RequestError
 from ..passes.capture import Inputs, capture
-from ..passes.exits import InsertExits
+from ..passes.exits import EVERY, InsertExits
 from ..runtime.dynamic import DynamicModel
 from .batches import LabelledData, device_of_model, examples_of, size_of, split_off, to_device
 from .choose import RiskKind, SearchKind, check_goal, choose_policy
-from .distill import SelfDistillation
 from .evaluate import collect_logits
-from .trainer import Epoch, fit, training_device
+from .exit_quality import measure_exits
+from .exit_recipes import check_recipe, train_exits
+from .exit_search import search_exits
+from .trainer import training_device
+
+SEARCH = "search"
 
 _CALIBRATION_SHARE = 0.15  # of a data set that comes without splits
 
@@ -44,9 +48,11 @@ class HasSplits(Protocol):
 def convert(
     model: nn.Module,
     example_inputs: Inputs | None = None,
-    exits: int | Sequence[str] = 3,
+    exits: int | str | Sequence[str] = 3,
     *,
+    head: str = "auto",
     data: HasSplits | LabelledData | None = None,
+    recipe: str = "distill",
     epochs: int = 4,
     lr: float = 1e-2,
     trunk_lr: float = 0.01,
@@ -72,9 +78,14 @@ def convert(
     temperatures, ECE before and after, the chosen point and the curve of accuracy over MACs.
 
     Args:
-        model: any model `capture` takes that puts out (batch, classes) logits.
+        model: any model `capture` takes that puts out (batch, classes) logits. With (batch, time, classes) the exits
+            are trained and measured, but off: the positions of one sample would leave at different exits, and those
+            that stay still need the hidden states of those that left.
         example_inputs: one call's inputs, batch first; None = taken from the data.
-        exits: how many early exits, or the names of the graph nodes they follow.
+        exits: how many early exits, or the names of the graph nodes they follow; "every" = after every block;
+            "own" = the classifiers that the model has already; "search" = those after every block that pay for
+            themselves at the goal (`exit_search`).
+        head: a name in `head_choice.HEAD_KINDS`. recipe: one in `exit_recipes.RECIPES`.
         data: an object with `train` and `calibration` sets, or one map-style Dataset of (inputs, int label) from which
             15 % is set aside for calibration; label -1 = unlabelled, for training only. None = the exits stay
             untrained and off.
@@ -102,6 +113,7 @@ def convert(
         "risk_of": risk_of,
     }
     check_goal(**leaving)
+    check_recipe(recipe, freeze_trunk, head)
     if trunk_lr <= 0:
         raise RequestError(f"trunk_lr is {trunk_lr}: give a positive share of lr, or freeze the trunk")
     splits = _divided(data, seed) if data is not None else None
@@ -109,7 +121,10 @@ def convert(
         if splits is None:
             raise RequestError("give example_inputs, or data to take them from")
         example_inputs = to_device(examples_of(splits[0]), device_of_model(model))
-    dynamic = DynamicModel(_with_exits(model, example_inputs, exits, seed)).eval()
+    places = _places(exits)
+    if places == SEARCH and splits is None:
+        raise RequestError(f'exits="{SEARCH}" chooses among trained exits: give data')
+    dynamic = DynamicModel(_with_exits(model, example_inputs, EVERY if places == SEARCH else places, head, seed)).eval()
     if splits is None:
         warnings.warn(
             "convert without data: the exits are untrained, so all of them are off and every sample runs to the end; "
@@ -119,10 +134,12 @@ def convert(
         return dynamic
     train, calibration = splits
     device = torch.device(device) if device is not None else training_device()
-    static_logits = None if freeze_trunk else collect_logits(dynamic, calibration, device=device)[0][-1]
+    needs_static = not freeze_trunk and not dynamic.per_position
+    static_logits = collect_logits(dynamic, calibration, device=device)[0][-1] if needs_static else None
     history = train_exits(
         dynamic,
         train,
+        recipe=recipe,
         epochs=epochs,
         lr=lr,
         trunk_lr=0.0 if freeze_trunk else trunk_lr,
@@ -134,6 +151,14 @@ def convert(
         resume=resume,
         progress=progress,
     )
+    if dynamic.per_position:
+        warnings.warn("the model answers at every position: its exits are trained and measured, but off", stacklevel=2)
+        exits_report = measure_exits(dynamic, calibration, device=device)
+        _note(dynamic, {"history": [asdict(epoch) for epoch in history], "exits": exits_report})
+        return dynamic
+    searched = None
+    if places == SEARCH:
+        dynamic, searched = search_exits(dynamic, calibration, max_loss=max_loss, macs=macs, device=device)
     report = choose_policy(
         dynamic,
         calibration,
@@ -143,32 +168,9 @@ def convert(
         device=device,
         progress=progress,
     )
-    _note(dynamic, {"history": [asdict(epoch) for epoch in history], **report})
+    found = {} if searched is None else {"exit_search": searched}
+    _note(dynamic, {"history": [asdict(epoch) for epoch in history], **found, **report})
     return dynamic
-
-
-def train_exits(
-    dynamic: DynamicModel, train: LabelledData, *, lr: float, trunk_lr: float, **options: Any
-) -> list[Epoch]:
-    """Trains all exits in place by self-distillation; `options` are those of `trainer.fit`.
-
-    Args:
-        lr: peak learning rate of the heads. trunk_lr: of the rest, as a share of it; 0 = frozen, in eval mode.
-    """
-    trunk = dynamic.trunk
-    heads = [p for name, p in trunk.named_parameters() if name.startswith("exits.")]
-    rest = [p for name, p in trunk.named_parameters() if not name.startswith("exits.") and p.requires_grad]
-    if trunk_lr > 0:
-        groups = [{"params": heads}, {"params": rest, "lr": trunk_lr * lr}]
-        return fit(trunk, SelfDistillation(), train, lr=lr, parameters=groups, **options)
-    fixed = [module for name, module in trunk.named_children() if name != "exits"]
-    for parameter in rest:
-        parameter.requires_grad = False
-    try:
-        return fit(trunk, SelfDistillation(), train, lr=lr, parameters=heads, keep_eval=fixed, **options)
-    finally:
-        for parameter in rest:
-            parameter.requires_grad = True
 
 
 def _divided(data: HasSplits | LabelledData, seed: int) -> tuple[LabelledData, LabelledData]:
@@ -178,12 +180,17 @@ def _divided(data: HasSplits | LabelledData, seed: int) -> tuple[LabelledData, L
     return split_off(data, _CALIBRATION_SHARE, seed)
 
 
-def _with_exits(model: nn.Module, example: Inputs, exits: int | Sequence[str], seed: int) -> fx.GraphModule:
+def _places(exits: int | str | Sequence[str]) -> int | str | tuple[str, ...]:
+    return exits if isinstance(exits, int | str) else tuple(exits)
+
+
+def _with_exits(
+    model: nn.Module, example: Inputs, places: int | str | tuple[str, ...], head: str, seed: int
+) -> fx.GraphModule:
     """The captured model with exits, whose weights depend on the seed alone."""
-    places = exits if isinstance(exits, int) else tuple(exits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return InsertExits(places)(capture(model, example)).gm
+        return InsertExits(places, head)(capture(model, example)).gm
 
 
 def _note(dynamic: DynamicModel, report: dict[str, Any]) -> None:

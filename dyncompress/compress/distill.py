@@ -17,17 +17,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import RequestError
+from .exit_losses import UNLABELLED, ExitLoss, cross_entropies
 
-UNLABELLED = -1
+__all__ = ["UNLABELLED", "SelfDistillation"]
 
 _GROWTH = 1.05
 _CONFIDENCE = 0.5
 
 
-class SelfDistillation:
+class SelfDistillation(ExitLoss):
     """The loss as a callable: every exit's logits and the labels -> a scalar, averaged over the batch.
 
-    Calling it advances the temperature; `state_dict` holds all that a resumed run needs.
+    Calling it advances the temperature.
 
     Args:
         weight: C, the share of the distillation term, in 0..1.
@@ -42,16 +43,17 @@ class SelfDistillation:
             raise RequestError(f"distillation weight is {weight}: give a share between 0 and 1")
         if teacher not in ("last", "all"):
             raise RequestError(f'teacher is {teacher!r}: use "last" or "all"')
+        self.name = f"distillation {weight:g} from {teacher}"
         self.weight = weight
         self.teacher = teacher
         self.temperature = 1.0
 
-    def __call__(self, logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """logits: one (B, classes) tensor per exit, the last one the teacher; labels: (B,) int64, -1 = unlabelled."""
-        supervised = sum(F.cross_entropy(z, labels, ignore_index=UNLABELLED, reduction="none") for z in logits)
-        per_sample = (1 - self.weight) * supervised + self.weight * self._distilled(logits)
+    def of_rows(self, logits: list[Tensor], labels: Tensor) -> Tensor:
+        """The last logits are the teacher's."""
+        supervised = sum(cross_entropies(logits, labels))
+        per_row = (1 - self.weight) * supervised + self.weight * self._distilled(logits)
         self._warm_up(logits[-1])
-        return per_sample.mean()
+        return per_row.mean()
 
     def _distilled(self, logits: Sequence[Tensor]) -> Tensor:
         """T^2 * the sum over students of the cross-entropy to their teachers: (B,)."""
@@ -72,10 +74,8 @@ class SelfDistillation:
         if confidence > _CONFIDENCE:
             self.temperature *= _GROWTH
 
-    def state_dict(self) -> dict[str, float]:
-        """The state of the schedule."""
+    def schedule(self) -> dict[str, float]:
         return {"temperature": self.temperature}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continues from a saved state."""
-        self.temperature = float(state["temperature"])
+    def continue_from(self, schedule: dict[str, float]) -> None:
+        self.temperature = float(schedule["temperature"])

@@ -65,14 +65,14 @@ def evaluate(
     size_of(data, "evaluation")
     sums: list[Tensor] = []
     used: list[Tensor] = []
-    with _ready(model, device) as where:
+    with ready(model, device) as where:
         for inputs, labels in in_order(data, batch_size, where):
             if isinstance(model, DynamicModel):
                 out = call(model.predict, inputs)
                 used.append(torch.stack((out.exit_index.cpu(), out.macs.cpu()), dim=1).double())
-                sums.append(_sums(out.logits, labels).cpu())
+                sums.append(position_sums(out.logits, labels).cpu())
             else:
-                sums.append(_sums(logits_of(call(model, inputs)), labels).cpu())
+                sums.append(position_sums(logits_of(call(model, inputs)), labels).cpu())
     right, counted, loss = torch.cat(sums).unbind(1)
     total = counted.sum()
     if not total:
@@ -86,7 +86,7 @@ def evaluate(
     return Evaluation(len(right), float(right.sum() / total), macs, exits, perplexity)
 
 
-def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+def position_sums(logits: Tensor, labels: Tensor) -> Tensor:
     """Per sample (B, 3) float64: right answers, labels that count and, for labels per position, their cross-entropy."""
     if labels.dim() > 1 or logits.dim() > 2:
         check_labels(labels, logits)
@@ -126,7 +126,7 @@ def collect_logits(
     size_of(data, "evaluation")
     parts: list[tuple[Tensor, ...]] = []
     all_labels: list[Tensor] = []
-    with _ready(model, device) as where:
+    with ready(model, device) as where:
         for inputs, labels in in_order(data, batch_size, where):
             if isinstance(model, DynamicModel):
                 logits = call(model.all_logits, inputs)
@@ -138,7 +138,7 @@ def collect_logits(
 
 
 @contextmanager
-def _ready(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+def ready(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
     """The model in eval mode on the device, no gradients taken; everything as it was afterwards."""
     where = torch.device(device) if device is not None else device_of_model(model)
     with placed(model, where), torch.no_grad():

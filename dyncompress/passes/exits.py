@@ -1,5 +1,6 @@
 """Early exits (BranchyNet, Teerapittayanon et al. 2016; Shallow-Deep Networks, Kaya et al. 2019) put into a graph."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -11,11 +12,12 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RequestError
 from .blocks import Flow, cut_points
+from .copying import deep_copy
 from .cost import count_macs, count_parameters, node_macs
 from .head_choice import CASCADE, COPY, HEAD_KINDS, Place, last_place_like, make_head
 from .head_modules import Cascade, Ensemble
 from .heads import VectorHead, head_spec
-from .insertion import copy_tail, exit_nodes, graph_exits, insert_head, needed_for
+from .insertion import all_logits, copy_tail, exit_nodes, graph_exits, insert_head, needed_for
 from .result import GraphPass, PassResult
 from .typing import Typing, type_graph
 from .unstack import unstack_recurrent
@@ -243,6 +245,20 @@ def _cascade(gm: fx.GraphModule, path: str, place: Place, before: fx.Node | None
     z = insert_head(gm, f"{path}.head", make_head(CASCADE, place), (at,), at)
     inputs = (z,) if before is None else (z, before)
     return insert_head(gm, f"{path}.cascade", Cascade(z.meta["val"].shape[1], before is None), inputs, z)
+
+
+def keep_exits(gm: fx.GraphModule, kept: Sequence[int]) -> fx.GraphModule:
+    """A copy of a graph with exits that has only some of them, by number; what only the others need is gone."""
+    small = deep_copy(gm)
+    logits = all_logits(small)
+    small.graph.output_node().args = ((*(logits[k] for k in kept), logits[-1]),)
+    _finish(small, [gm.meta["exits"][k] for k in kept])
+    return small
+
+
+def final_features(gm: fx.GraphModule) -> fx.Node:
+    """What the last layer before the final logits of a graph with exits reads."""
+    return all_logits(gm)[-1].all_input_nodes[0]
 
 
 def use_own_exits(gm: fx.GraphModule) -> None:

@@ -117,11 +117,11 @@ def head_spec(types: Typing, node: fx.Node, logits: Tensor, most_weights: int) -
     if not val.is_floating_point() or val.dim() < 2:
         return None
     if logits.dim() == 3:
-        fits = val.dim() == 3 and val.shape[1] == logits.shape[1] and _channel_dim(types, node) == 2
+        fits = val.dim() == 3 and val.shape[1] == logits.shape[1] and channel_dim(types, node) == 2
         return {"type": "PositionHead", "args": {"features": val.shape[2], "classes": classes}} if fits else None
     if val.dim() == 2:
         return {"type": "VectorHead", "args": {"features": val.shape[1], "classes": classes}}
-    dim = _channel_dim(types, node)
+    dim = channel_dim(types, node)
     if not dim:
         return None
     size = val.shape[dim]
@@ -140,7 +140,7 @@ def _finest_grid(space: list[int], most_cells: int) -> int:
     return next((g for g in (4, 2) if g * g <= most_cells and not any(s % g for s in space)), 1)
 
 
-def _channel_dim(types: Typing, node: fx.Node) -> int | None:
+def channel_dim(types: Typing, node: fx.Node) -> int | None:
     """The dim that holds what a layer puts out: the dim 0 of some weight, bias or scale, whole.
 
     A map that is flattened into a classifier shares its height and width with that weight too, never as its outputs.

@@ -14,7 +14,7 @@ from ..errors import RequestError
 from .blocks import Flow, like, remake
 from .cost import node_macs
 from .exits import plain_outputs
-from .insertion import Exit, exit_nodes, graph_exits
+from .insertion import Exit, all_logits, exit_nodes, graph_exits
 from .typing import type_graph
 
 
@@ -53,9 +53,7 @@ def _without(gm: fx.GraphModule, dropped: Collection[fx.Node]) -> fx.GraphModule
         if node.op == "output":
             graph.output(copies[node.args[0][-1]])
         elif node not in dropped:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node.op in {"call_module", "get_attr"}:
-                copies[node].target = f"trunk.{node.target}"
+            copies[node] = _copy_into(graph, node, copies)
     return _body(gm, graph)
 
 
@@ -101,9 +99,7 @@ def _head_graph(exit: Exit) -> fx.Graph:
     graph = fx.Graph()
     copies = {exit.at: like(exit.at, graph.placeholder(exit.at.name))}
     for node in exit.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.op in {"call_module", "get_attr"}:
-            copies[node].target = f"trunk.{node.target}"
+        copies[node] = _copy_into(graph, node, copies)
     graph.output(copies[exit.logits])
     return graph
 
@@ -147,6 +143,27 @@ def _stage_graph(flow: Flow, inputs: Iterable[fx.Node], nodes: list[fx.Node], ou
             copies[node] = graph.node_copy(node, fetch)
     graph.output(tuple(copies[n] for n in outputs))
     return graph
+
+
+def with_outputs(gm: fx.GraphModule, nodes: list[fx.Node]) -> fx.GraphModule:
+    """A graph with exits that returns (its logits, the values of some nodes); shares all modules of `gm`."""
+    graph = fx.Graph()
+    graph.set_codegen(gm.graph._codegen)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            graph.output((tuple(copies[n] for n in all_logits(gm)), tuple(copies[n] for n in nodes)))
+        else:
+            copies[node] = _copy_into(graph, node, copies)
+    return _body(gm, graph)
+
+
+def _copy_into(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A copy that finds its module or tensor in the body's child `trunk`."""
+    made = graph.node_copy(node, copies.__getitem__)
+    if node.op in {"call_module", "get_attr"}:
+        made.target = f"trunk.{node.target}"
+    return made
 
 
 def _body(trunk: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

@@ -100,6 +100,11 @@ class DynamicModel(nn.Module):
             raise RequestError(
                 f"the policy has {len(policy.thresholds)} thresholds, the model {len(self.exits)} early exits"
             )
+        if self.per_position and any(policy.is_on(k) for k in range(len(policy.thresholds))):
+            raise RequestError(
+                "the model answers at every position and a sample leaves as a whole, so that no exit can be on: "
+                "positions that stay still need the states of those that would leave"
+            )
 
     def with_policy(self, policy: ExitPolicy) -> "DynamicModel":
         """The same model, sharing the trunk, under another policy."""
@@ -115,7 +120,17 @@ class DynamicModel(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        return self.trunk.graph.output_node().args[0][-1].meta["val"].shape[1]  # type: ignore[index, union-attr]
+        return self._answer.shape[-1]
+
+    @property
+    def per_position(self) -> bool:
+        """Whether the logits are (N, T, C), as a language model's, instead of (N, C)."""
+        return self._answer.dim() == 3
+
+    @property
+    def _answer(self) -> Tensor:
+        """The final logits at capture, without values."""
+        return self.trunk.graph.output_node().args[0][-1].meta["val"]  # type: ignore[index, union-attr]
 
     @property
     def static_macs(self) -> int:
@@ -225,7 +240,7 @@ class DynamicModel(nn.Module):
         return evaluating(self.trunk) if self.training or self.trunk.training else nullcontext()
 
     def _no_logits(self) -> Tensor:
-        return next(self.trunk.parameters()).new_empty((0, self.num_classes), requires_grad=False)
+        return next(self.trunk.parameters()).new_empty((0, *self._answer.shape[1:]), requires_grad=False)
 
     # --- what is derived from the trunk --------------------------------------------------------------------------
 

@@ -24,6 +24,10 @@ from ..errors import RequestError
 
 Importance = Literal["l1", "l2", "taylor", "hessian", "bn-scale", "geometric-median", "lamp", "activation", "random"]
 
+TrainingRecipe = Literal[
+    "distill", "distill-all", "weighted", "ramped", "hints", "two-stage", "frozen-teacher", "balanced", "ztw"
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
@@ -111,12 +115,16 @@ class Sparsify:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Adds early exits, trains them by self-distillation and chooses their thresholds. Needs data."""
+    """Adds early exits, trains them and chooses their thresholds. Needs data."""
 
     name: ClassVar[str] = "convert"
 
-    exits: int | tuple[str, ...] = 3
-    """How many early exits, or the graph nodes that they follow."""
+    exits: int | Literal["every", "own", "search"] | tuple[str, ...] = 3
+    """How many early exits, or the graph nodes they follow; every block, the model's own, those that a search keeps."""
+    head: Literal["auto", "linear", "mlp", "attention", "copy", "cascade"] = "auto"
+    """What the exits answer with."""
+    recipe: TrainingRecipe = "distill"
+    """How they are trained; each of its phases takes the epochs."""
     epochs: int = 4
     """Passes over the training split."""
     lr: float = 1e-2
