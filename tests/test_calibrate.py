@@ -10,7 +10,13 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn import functional as F
 
-from dyncompress.compress.calibrate import calibrate_exits, expected_calibration_error, fit_temperature
+from dyncompress.compress.calibrate import (
+    calibrate_exits,
+    expected_calibration_error,
+    expected_ece_floor,
+    fit_temperature,
+    reliability,
+)
 from dyncompress.errors import RequestError
 
 # torchmetrics imports torchvision where it is installed, whose operators may not load beside a CPU-only torch.
@@ -67,3 +73,20 @@ def test_no_samples() -> None:
         fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
     with pytest.raises(RequestError):
         expected_calibration_error(torch.zeros(4, 3), torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("count", [200, 2000])
+def test_the_noise_floor_is_the_ece_of_honest_exits(count: int) -> None:
+    logits, _ = draw(count)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.multinomial(logits.softmax(-1), 300, replacement=True, generator=generator)
+    honest = [expected_calibration_error(logits, labels[:, i]) for i in range(300)]
+    assert expected_ece_floor(logits) == pytest.approx(sum(honest) / 300, rel=0.05)
+
+
+def test_reliability_by_hand() -> None:
+    p = torch.tensor([[0.55, 0.45], [0.45, 0.55], [0.58, 0.42], [0.95, 0.05]], dtype=torch.float64)
+    low, high = reliability(p.log(), torch.tensor([0, 0, 0, 0]), bins=10)
+    assert (low.samples, high.samples) == (3, 1)
+    assert (low.confidence, low.accuracy) == pytest.approx((0.56, 2 / 3))
+    assert (high.confidence, high.accuracy) == pytest.approx((0.95, 1.0))

@@ -8,6 +8,7 @@ no scale but [0, 1] whatever the rule; it starts from the quotas.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from ..runtime.policy import ExitPolicy
 from .shares import quota_shares, thresholds_for_shares
 from .thresholds import Floats, Ints, OperatingPoint
 
-_TRIALS, _POPULATION = 300, 40
-_OFF = -0.2  # a gene below 0 switches its exit off
+_TRIALS, _POPULATION = 500, 40
+_OFF, _NOBODY = -0.2, -0.1  # a gene between the two switches its exit off, one from there to 0 lets nobody leave
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Cached:
         """Some of the samples only."""
         return replace(self, logits=[z[index] for z in self.logits], labels=self.labels[index])
 
+    @cached_property
     def right(self) -> Tensor:
         """Bool (K + 1, N): which exit answers which sample rightly."""
         return torch.stack([z.argmax(-1) == self.labels for z in self.logits]).cpu()
@@ -54,7 +56,7 @@ class Cached:
         at = policy.exit_of(self.logits).cpu()
         return OperatingPoint(
             thresholds=policy.thresholds,
-            accuracy=float(self.right()[at, torch.arange(len(at))].double().mean()),
+            accuracy=float(self.right[at, torch.arange(len(at))].double().mean()),
             mean_macs=float(self.costs(policy.thresholds)[at.numpy()].mean()),
             shares=tuple((torch.bincount(at, minlength=len(self.logits)).double() / len(at)).tolist()),
         )
@@ -75,7 +77,7 @@ class Candidates:
         made |= {p.thresholds: p.exit_of(cached.logits).cpu().numpy() for p in policies}
         self.thresholds = list(made)
         self.at: Ints = np.stack(list(made.values()))
-        self.right: Floats = cached.right().numpy()[self.at, np.arange(count)].astype(np.float64)
+        self.right: Floats = cached.right.numpy()[self.at, np.arange(count)].astype(np.float64)
         self.macs: Floats = np.take_along_axis(np.stack([cached.costs(t) for t in made]), self.at, 1)
 
     def subset(self, rows: Ints) -> "Candidates":
@@ -170,7 +172,8 @@ def by_genetic_search(
     met: list[ExitPolicy] = []
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
-        shares = [trial.suggest_float(f"share{k}", _OFF, 1.0) for k in range(exits)]
+        genes = [trial.suggest_float(f"share{k}", _OFF, 1.0) for k in range(exits)]
+        shares = [None if gene < _NOBODY else max(0.0, gene) for gene in genes]
         met.append(thresholds_for_shares(template, cached.logits, shares))
         point = cached.play(met[-1])
         return 1 - point.accuracy, point.mean_macs

@@ -17,6 +17,7 @@ the latter by betting against the hypothesis (Waudby-Smith & Ramdas 2024), with 
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -85,19 +86,15 @@ def control_risk(
             f"{count} samples cannot promise a risk of {risk:g} with confidence {1 - delta:g}: "
             f"it takes at least {needed}"
         )
-    passed: RiskControl | None = None
     order = np.random.default_rng(seed).permutation(count)
-    name = "disagreement" if labels is None else "accuracy-loss"
-    for step, policy in enumerate(path):
-        loss = losses(policy, logits, labels)[order]
-        p = p_value(loss, risk, delta, signed=labels is not None)
-        if p > delta:
-            break
-        mean = float(loss.mean())
-        passed = RiskControl(policy, risk, 1 - delta, count, name, mean, p, step, len(path))
-    if passed is None:
+    loss_PN = np.stack([losses(policy, logits, labels) for policy in path])[:, order]
+    p_P = p_values(loss_PN, risk, delta, signed=labels is not None)
+    step = last_passed(p_P, delta)
+    if step < 0:
         raise RequestError("the first policy of the path fails already: it must be the one that never exits")
-    return passed
+    name = "disagreement" if labels is None else "accuracy-loss"
+    observed, p = float(loss_PN[step].mean()), float(p_P[step])
+    return RiskControl(path[step], risk, 1 - delta, count, name, observed, p, step, len(path))
 
 
 def check_rates(risk: float, delta: float) -> None:
@@ -115,41 +112,43 @@ def losses(policy: ExitPolicy, logits: Sequence[Tensor], labels: Tensor | None) 
     return ((early_N != labels).double() - (answers_KN[-1] != labels).double()).cpu().numpy()
 
 
-def p_value(loss: Floats, risk: float, delta: float, *, signed: bool) -> float:
-    """Of the hypothesis that the mean of losses (n,) is above `risk`; delta only sets the stakes of the signed ones."""
+def p_values(loss_PN: Floats, risk: float, delta: float, *, signed: bool) -> Floats:
+    """Of the hypotheses that the mean losses of rows of samples are above `risk`: (P,).
+
+    Args:
+        loss_PN: 0 or 1; signed: at most 1, in an order that does not depend on them.
+        delta: only sets the stakes of signed losses.
+    """
+    count = loss_PN.shape[1]
     if not signed:
-        return float(bdtr(loss.sum(), len(loss), risk))  # the binomial distribution function
-    return float(betting_p_values(loss[None], risk, delta)[0])
-
-
-def betting_p_values(loss_RN: Floats, risk: float, delta: float) -> Floats:
-    """The same by betting, for each row of losses <= 1, in their order."""
-    count = loss_RN.shape[1]
+        return np.asarray(bdtr(loss_PN.sum(1), count, risk))  # the binomial distribution function
     i = np.arange(1, count + 1)
-    mean = (0.5 + loss_RN.cumsum(1)) / (1 + i)
-    variance = (0.25 + ((loss_RN - mean) ** 2).cumsum(1)) / (1 + i)
-    before = np.concatenate([np.full((len(loss_RN), 1), 0.25), variance[:, :-1]], 1)
+    mean = (0.5 + loss_PN.cumsum(1)) / (1 + i)
+    variance = (0.25 + ((loss_PN - mean) ** 2).cumsum(1)) / (1 + i)
+    before = np.concatenate([np.full((len(loss_PN), 1), 0.25), variance[:, :-1]], 1)
     stake = np.minimum(1.0, np.sqrt(2 * math.log(1 / delta) / (count * before)))
-    wealth = np.log1p(-stake * (loss_RN - risk)).cumsum(1)
-    best: Floats = np.exp(-np.maximum(0.0, wealth.max(1)))
-    return best
+    wealth = np.log1p(-stake * (loss_PN - risk)).cumsum(1)
+    return np.asarray(np.exp(-np.maximum(0.0, wealth.max(1))))
+
+
+def last_passed(p_P: Floats, delta: float) -> int:
+    """The step before the first one that fails, in the order of the path; -1 where the first fails."""
+    failed = np.flatnonzero(p_P > delta)
+    return int(failed[0]) - 1 if len(failed) else len(p_P) - 1
 
 
 def samples_needed(risk: float, delta: float, *, with_labels: bool) -> int:
     """The least number of samples with which a policy that loses nothing at all passes."""
     if not with_labels:
         return math.ceil(math.log(delta) / math.log1p(-risk))
+
+    def passes(count: int) -> bool:
+        return bool(p_values(np.zeros((1, count)), risk, delta, signed=True)[0] <= delta)
+
     most = 1
-    while p_value(np.zeros(most), risk, delta, signed=True) > delta:
+    while not passes(most):
         most *= 2
-    least = most // 2  # bisection: fails at `least`, passes at `most`
-    while most - least > 1:
-        middle = (least + most) // 2
-        if p_value(np.zeros(middle), risk, delta, signed=True) > delta:
-            least = middle
-        else:
-            most = middle
-    return most
+    return bisect_left(range(most), True, lo=most // 2, key=passes)
 
 
 def risk_path(by_macs: Sequence[ExitPolicy], logits: Sequence[Tensor]) -> list[ExitPolicy]:
@@ -165,7 +164,9 @@ def risk_path(by_macs: Sequence[ExitPolicy], logits: Sequence[Tensor]) -> list[E
     dearest = by_macs[-1]
     shares = shares_of(dearest, logits)
     tight = [
-        thresholds_for_shares(dearest, logits, [share * step / _TIGHT_STEPS for share in shares])
+        thresholds_for_shares(
+            dearest, logits, [None if share is None else share * step / _TIGHT_STEPS for share in shares]
+        )
         for step in range(1, _TIGHT_STEPS)
     ]
     never = replace(dearest, thresholds=(None,) * len(dearest.thresholds))

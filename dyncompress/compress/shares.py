@@ -17,16 +17,16 @@ from ..runtime.policy import RULES, ExitPolicy, Rule, State
 _QUOTAS = range(1, 40)
 
 
-def thresholds_for_shares(policy: ExitPolicy, logits: Sequence[Tensor], leaving: Sequence[float]) -> ExitPolicy:
+def thresholds_for_shares(policy: ExitPolicy, logits: Sequence[Tensor], leaving: Sequence[float | None]) -> ExitPolicy:
     """The policy under which, of the samples still there, the surest `leaving[k]` leave at exit k.
 
-    Samples with equal scores leave together. A share of 0 switches the exit off, and so does one that rounds to nobody,
-    unless the rule remembers the exit's answer.
+    Samples with equal scores leave together. An exit where nobody leaves is switched off, unless the rule remembers its
+    answer.
 
     Args:
         policy: of any thresholds; rule, temperatures and weights stay.
         logits: (N, classes) of every exit, early first, the final one last.
-        leaving: 0..1 per early exit.
+        leaving: 0..1 per early exit; None = off.
 
     Raises:
         RequestError: another number of shares than of early exits.
@@ -38,12 +38,13 @@ def thresholds_for_shares(policy: ExitPolicy, logits: Sequence[Tensor], leaving:
     there_N = torch.ones(len(logits[-1]), dtype=torch.bool)
     state: State = ()
     for k, share in enumerate(leaving):
-        count = max(round(share * int(there_N.sum())), int(rule.remembers)) if share > 0 else 0
-        if count == 0 or not bool(there_N.any()):
+        count = 0 if share is None else round(share * int(there_N.sum()))
+        if share is None or (count == 0 and not rule.remembers):
             thresholds.append(None)
             continue
         score_N, state = policy.score(k, logits[k], state)
-        threshold = _threshold(rule, score_N[there_N], count)
+        # Nobody reaches 1; no more exits can have agreed than there were.
+        threshold = _threshold(rule, score_N[there_N], count) if count else min(k + 1.0, rule.bounds[1])
         thresholds.append(threshold)
         there_N &= ~(score_N >= threshold if rule.high_leaves else score_N <= threshold)
     return replace(policy, thresholds=tuple(thresholds))
@@ -61,12 +62,12 @@ def _threshold(rule: Rule, score_N: Tensor, count: int) -> float:
     return middle if math.isfinite(high) else max(low, float(math.ceil(middle)))  # agreements are whole numbers
 
 
-def shares_of(policy: ExitPolicy, logits: Sequence[Tensor]) -> list[float]:
+def shares_of(policy: ExitPolicy, logits: Sequence[Tensor]) -> list[float | None]:
     """Which share of the samples that reach each early exit leaves there: what `thresholds_for_shares` takes."""
     exits = len(logits) - 1
     counts = torch.bincount(policy.exit_of(logits), minlength=exits + 1).tolist()
     reached = [sum(counts[k:]) for k in range(exits)]
-    return [count / reach if reach else 0.0 for count, reach in zip(counts, reached, strict=False)]
+    return [counts[k] / max(1, reached[k]) if policy.is_on(k) else None for k in range(exits)]
 
 
 def quota_shares(exits: int) -> list[list[float]]:
