@@ -197,6 +197,20 @@ def test_the_curve_is_the_policys_own(weights: Path, cli: Any) -> None:
     assert chosen["accuracy"] == pytest.approx((out.logits.argmax(-1) == test.labels).double().mean().item())
 
 
+def test_a_promised_risk_is_reported(weights: Path, cli: Any) -> None:
+    outcome = cli(
+        "convert NET DATA --exits 1 --epochs 1 --risk 0.2 --confidence 0.8 --rule margin --out promised --json"
+    )
+    assert outcome.status == 0, outcome.err
+    risk = outcome.report["risk"]
+    assert risk["loss"] == "disagreement" and risk["observed"] < 0.2 and risk["p_value"] <= 0.2
+    assert (Path("promised") / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert "disagreement at most 0.2 with confidence 0.8" in (Path("promised") / "table.txt").read_text()
+    refused = cli("convert NET DATA --exits 1 --epochs 1 --risk 0.0001 --out impossible")
+    assert refused.status == 2 and "it takes at least 23025" in refused.err
+    assert not Path("impossible").exists()
+
+
 def test_prune(weights: Path, cli: Any) -> None:
     outcome = cli("prune NET DATA --macs 0.5 --finetune 1 --out small --json")
     assert outcome.status == 0, outcome.err

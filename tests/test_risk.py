@@ -40,7 +40,7 @@ def path(agreement: bool) -> list[ExitPolicy]:
     """Made on samples of its own, as in use."""
     logits, labels = draw(1000, 1)
     search = ThresholdSearch(logits, logits[-1].argmax(-1) if agreement else labels, [20, 20, 60], [0, 0])
-    by_macs = [ExitPolicy("max-softmax", point.thresholds) for point in search.curve(60)]
+    by_macs = [ExitPolicy("max-softmax", point.thresholds) for point in search.curve(25)]
     return risk_path(by_macs, logits)
 
 
@@ -149,7 +149,7 @@ def test_violations_of_simulated_calibrations(agreement: bool) -> None:
     violations, wrong = ((true_risk[steps] > RISK).mean() for steps in (right, first_failing))
     assert violations <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / DRAWS)
     assert wrong > violations + 3 * math.sqrt(violations * (1 - violations) / DRAWS)
-    assert np.median(right) > 20  # it does let samples leave
+    assert np.median(right) > 15  # it does let samples leave
 
 
 @pytest.mark.parametrize("agreement", [True, False])

@@ -46,7 +46,12 @@ def write(
     shrunk = next((other for other in models if other in _SHRUNK_BY), None)
     if shrunk is not None:
         _note_shrinking(report, models, shrunk, folder)
-    if "static" in entries and isinstance(result, DynamicModel) and subject.data is not None:
+    if (
+        "static" in entries
+        and isinstance(result, DynamicModel)
+        and not result.per_position
+        and subject.data is not None
+    ):
         report["curve"] = tradeoff(result, subject.data, subject.device)
         done = result.trunk.meta["info"]["convert"]
         report["risk"] = done["risk"]

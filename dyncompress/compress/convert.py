@@ -27,6 +27,7 @@ from .evaluate import collect_logits
 from .exit_quality import measure_exits
 from .exit_recipes import check_recipe, train_exits
 from .exit_search import search_exits
+from .risk import check_samples
 from .trainer import training_device
 
 SEARCH = "search"
@@ -117,6 +118,9 @@ def convert(
     if trunk_lr <= 0:
         raise RequestError(f"trunk_lr is {trunk_lr}: give a positive share of lr, or freeze the trunk")
     splits = _divided(data, seed) if data is not None else None
+    if risk is not None and splits is not None:  # better known before the training than after it
+        count = size_of(splits[1], "calibration")
+        check_samples(count - count // 2, risk, 1 - confidence, with_labels=risk_of == "accuracy-loss")
     if example_inputs is None:
         if splits is None:
             raise RequestError("give example_inputs, or data to take them from")

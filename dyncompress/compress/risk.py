@@ -80,12 +80,7 @@ def control_risk(
     count = len(logits[-1])
     if not path or (labels is not None and len(labels) != count):
         raise RequestError(f"risk control needs a path of policies ({len(path)}) and one label per sample ({count})")
-    needed = samples_needed(risk, delta, with_labels=labels is not None)
-    if count < needed:
-        raise RequestError(
-            f"{count} samples cannot promise a risk of {risk:g} with confidence {1 - delta:g}: "
-            f"it takes at least {needed}"
-        )
+    check_samples(count, risk, delta, with_labels=labels is not None)
     order = np.random.default_rng(seed).permutation(count)
     loss_PN = np.stack([losses(policy, logits, labels) for policy in path])[:, order]
     p_P = p_values(loss_PN, risk, delta, signed=labels is not None)
@@ -101,6 +96,16 @@ def check_rates(risk: float, delta: float) -> None:
     """Raises RequestError for a risk or a delta that is not between 0 and 1."""
     if not 0 < risk < 1 or not 0 < delta < 1:
         raise RequestError(f"risk {risk:g} and confidence {1 - delta:g} must lie between 0 and 1, such as 0.01 and 0.9")
+
+
+def check_samples(count: int, risk: float, delta: float, *, with_labels: bool) -> None:
+    """Raises RequestError where even a policy that loses nothing on `count` samples could not pass."""
+    needed = samples_needed(risk, delta, with_labels=with_labels)
+    if count < needed:
+        raise RequestError(
+            f"{count} samples cannot promise a risk of {risk:g} with confidence {1 - delta:g}: "
+            f"it takes at least {needed}"
+        )
 
 
 def losses(policy: ExitPolicy, logits: Sequence[Tensor], labels: Tensor | None) -> Floats:
