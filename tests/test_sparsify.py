@@ -79,6 +79,15 @@ def test_language_models_and_strength_by_hand() -> None:
     assert accuracy(weak, data) > 0.9
 
 
+@pytest.mark.parametrize("kind", ["filters", "shapes"])
+def test_zeros_that_stay_in_a_weight_outlive_the_training_after_them(kind: str) -> None:
+    small = dc.sparsify(network(), images(), macs=0.6, kinds=("axes", kind), ema=0.9, **OPTIONS)
+    zeros = [weight.flatten(1) == 0 for name, weight in small.named_parameters() if weight.dim() > 1]
+    shares = [float(zero.all(1 if kind == "filters" else 0).double().mean()) for zero in zeros]
+    assert 0 < max(shares) < 0.6
+    assert accuracy(small, images()) > 0.9
+
+
 def test_strength_from_the_first_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     from dyncompress.compress.group_lasso import GroupLasso
     from dyncompress.compress.sparsifier import Sparsifier
@@ -96,7 +105,8 @@ def test_strength_from_the_first_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("dyncompress.compress.sparsify.Sparsifier", Watched)
     dc.sparsify(network(), images(), penalty_ratio=0.2, **OPTIONS)
-    assert found == [pytest.approx(0.2)] and len(steps) == 3 * 6 and min(steps) > 0
+    assert found == [pytest.approx(0.2)] and len(steps) == 4 * 6
+    assert min(steps[: 3 * 6]) > 0 and steps[3 * 6 :] == [0.0] * 6  # then zeros are held only
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9), torch.optim.RMSprop])

@@ -60,12 +60,13 @@ class GroupLasso:
         self._parameters = [named[same[0].parameter] for same in self._links]
         self._ids = torch.cat([link.ids.flatten() for same in self._links for link in same])
         sizes = self._sums([p.new_ones(same[0].view, dtype=torch.float32)] for p, same in self._divided())
-        row = max(prod(link.view[1:]) for link in self.groups.links)
-        self._scratch = torch.empty(max(_PIECE, row), device=self._ids.device)
+        least = 1 if self._ids.is_cpu else 0  # a GPU takes parameters whole
+        piece = max(_PIECE, *(prod(link.view[least:]) for link in self.groups.links))
+        self._scratch = torch.empty(piece, device=self._ids.device)
         self.sizes = sizes[:-1]  # (groups,), how many weights
         self.weights = self.sizes.sqrt()  # (groups,), of each group in the penalty
         self._weights = torch.cat([self.weights, sizes.new_zeros(1)])
-        self._held = torch.zeros_like(sizes, dtype=torch.bool)
+        self._held, self._holding = torch.zeros_like(sizes, dtype=torch.bool), False
 
     def __len__(self) -> int:
         return self.groups.count
@@ -91,20 +92,27 @@ class GroupLasso:
 
         Returns which groups it made zero, (groups,) bool.
         """
-        threshold = step * self._weights
-        norms = self._norms(self._squares()).clamp(min=_TINY)
-        factors = (1 - threshold / norms).clamp_(min=0).masked_fill_(self._held, 0)
+        factors = torch.ones_like(self._weights)
+        if step:
+            factors -= step * self._weights / self._norms(self._squares()).clamp(min=_TINY)
+        elif not self._holding:
+            return self._held[:-1]
+        factors.clamp_(min=0).masked_fill_(self._held, 0)
         along = iter(factors[self._ids].split([link.ids.numel() for same in self._links for link in same]))
         for parameter, same in self._divided():
             view = parameter.view(same[0].view)
-            for link in same:  # one pass over the parameter each: their product would be as large as it
-                view.mul_(next(along).view([size if dim in link.dims else 1 for dim, size in enumerate(link.view)]))
+            scales = [next(along).view([n if d in link.dims else 1 for d, n in enumerate(view.shape)]) for link in same]
+            rows = self._rows(view)
+            for at in range(0, len(view), rows):
+                for scale in scales:  # one after the other while the piece is in the cache
+                    view[at : at + rows].mul_(scale[at : at + rows] if len(scale) > 1 else scale)
         return factors[:-1] == 0
 
     def hold(self, zero: Tensor, pull: Tensor) -> None:
         """From now on the groups in `zero`, (groups,) bool, stay zero, and the lambdas of the others are multiplied by
         `pull`, (groups,): adaptive weights, Wang & Leng, Comput. Stat. Data Anal. 2008."""
         self._held[:-1] = zero
+        self._holding = bool(zero.any())
         self._weights[:-1] = self.weights * pull
 
     def _divided(self) -> Iterator[tuple[nn.Parameter, list[Link]]]:
@@ -115,8 +123,12 @@ class GroupLasso:
         """Each parameter's squares, in pieces that stay in the cache, all in the same memory."""
         for parameter, same in self._divided():
             view = parameter.view(same[0].view)
-            rows = max(1, _PIECE * len(view) // view.numel())
-            yield (torch.mul(x, x, out=self._scratch[: x.numel()].view_as(x)) for x in view.split(rows))
+            pieces = view.split(self._rows(view))
+            yield (torch.mul(x, x, out=self._scratch[: x.numel()].view_as(x)) for x in pieces)
+
+    def _rows(self, view: Tensor) -> int:
+        """How many make up a piece."""
+        return max(1, len(self._scratch) * len(view) // view.numel())
 
     def _norms(self, squares: Iterable[Iterable[Tensor]]) -> Tensor:
         """With one more entry for what is in no group."""
@@ -138,12 +150,10 @@ def _sums_along(pieces: Iterable[Tensor], links: Sequence[Link]) -> Iterator[Ten
     divided = sorted({dim for link in links for dim in link.dims})
     found: list[list[Tensor]] = [[] for _ in links]
     for piece in pieces:
-        rest = _sum_over(piece, [dim for dim in range(piece.dim()) if dim not in divided])
+        others = [dim for dim in range(piece.dim()) if dim not in divided]
+        rest = piece.sum(others) if others else piece
         for link, sums in zip(links, found, strict=True):
-            sums.append(_sum_over(rest, [at for at, dim in enumerate(divided) if dim not in link.dims]))
+            across = [at for at, dim in enumerate(divided) if dim not in link.dims]
+            sums.append(rest.sum(across) if across else rest.clone())  # the memory of a piece is used again
     for link, sums in zip(links, found, strict=True):
         yield (torch.cat(sums) if 0 in link.dims else torch.stack(sums).sum(0)).flatten()
-
-
-def _sum_over(value: Tensor, dims: list[int]) -> Tensor:
-    return value.sum(dims) if dims else value.clone()  # the memory of a piece is used again

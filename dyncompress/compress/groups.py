@@ -38,11 +38,13 @@ class Link:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """All groups of one model: `count` of them, in `links`; those of each axis and branch lie at `of_axis[name]`."""
+    """All groups of one model: `count` of them, in `links`; those of each axis and branch lie at `of_axis[name]`, those
+    of each kind that divides a weight at one of `of_weights`."""
 
     count: int
     links: tuple[Link, ...]
     of_axis: dict[str, slice]
+    of_weights: tuple[slice, ...]
 
 
 def check_kinds(kinds: Sequence[str]) -> None:
@@ -70,6 +72,7 @@ def find_groups(axes: Axes, kinds: Sequence[str], candidates: Iterable[Axis], ti
     gm, count = axes.types.gm, 0
     links: list[Link] = []
     of_axis: dict[str, slice] = {}
+    of_weights: list[slice] = []
     for axis in candidates:
         if chosen(axis, kinds):
             links += _axis_links(gm, axis, count)
@@ -80,11 +83,12 @@ def find_groups(axes: Axes, kinds: Sequence[str], candidates: Iterable[Axis], ti
             if parameter.dim() > 1 and parameter.requires_grad:
                 link, found = _weight_link(name, parameter, kind, count, tile)
                 links.append(link)
+                of_weights.append(slice(count, count + found))
                 count += found
     if not count:
         raise RequestError(f"there is no group to sparsify: nothing in the model is one of {', '.join(kinds)}")
     device = next(gm.parameters()).device
-    return Groups(count, tuple(_packed(links, count, device)), of_axis)
+    return Groups(count, tuple(_packed(links, count, device)), of_axis, tuple(of_weights))
 
 
 def _axis_links(gm: fx.GraphModule, axis: Axis, first: int) -> Iterator[Link]:

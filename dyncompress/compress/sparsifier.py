@@ -111,11 +111,12 @@ class Sparsifier:
         self._check(0)
 
     def after_step(self, step: int) -> None:
-        """The proximal step, and a check where one is due."""
+        """The proximal step, and a check where one is due; after the sparsifying steps, zeros are held."""
         if step == 0 and self.asked.penalty_ratio is not None:
             self.strength = self._from_ratio(self.asked.penalty_ratio)
-        if step < self._steps:
-            zero = self.lasso.proximal_(self._lrs[step] * self.strength)
+        sparsifying = step < self._steps
+        zero = self.lasso.proximal_(self._lrs[step] * self.strength if sparsifying else 0.0)
+        if sparsifying:
             due = (step + 1) % self._every == 0 or (self._near and int(zero.sum()) > int(self._zero.sum()))
             if due and not self._reached:
                 self._check(step + 1)
@@ -133,6 +134,7 @@ class Sparsifier:
         left = self._left(zero)
         if last and self.asked.target is not None and left > self.asked.target:
             self.learned, zero = left, zero | self._doomed(self.asked.target)
+        self._hold(~self.lasso.live, self._pull)
         keep = keep_without(self._axes, self.lasso, zero)
         if not keep:
             return None
@@ -173,7 +175,8 @@ class Sparsifier:
     def finish(self) -> fx.GraphModule:
         """The model after the last step, with the average of its weights where one was asked for, and the report."""
         for name, average in self.average.items():
-            self.model.get_parameter(name).copy_(average)
+            parameter = self.model.get_parameter(name)
+            parameter.copy_(average.to(parameter.device).masked_fill(parameter == 0, 0))
         steps = [{key: value for key, value in note.items() if key != "keep"} for note in self.surgeries]
         report: dict[str, Any] = {
             "metric": self.asked.metric,
@@ -229,7 +232,8 @@ class Sparsifier:
         if left <= target:
             self._reached, self.strength = True, 0.0
         elif step % (_LAMBDAS * self._every) == 0 or not self._pull.any():
-            pull = pulls(self.lasso, self.lasso.norms() / self.lasso.weights, self._doomed(target))
+            rms = self.lasso.norms() / self.lasso.weights
+            pull = pulls(self.lasso, rms, self._doomed(target), min(1.0, target / self._share))
             strongest = float(pull.max())
             self.strength = max(self.strength, strongest / horizon(self._lrs, step))
             self._hold(zero, pull / max(strongest, _TINY))

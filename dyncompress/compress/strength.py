@@ -69,12 +69,16 @@ def doomed(axes: Axes, lasso: GroupLasso, keep: Keep) -> Tensor:
     return result.to(lasso.sizes.device)
 
 
-def pulls(lasso: GroupLasso, rms: Tensor, goes: Tensor) -> Tensor:
-    """r_a of each group's axis where the group `goes`, 0 where it does not; other groups, of no axis, have the mean."""
-    result, other = torch.zeros_like(rms), torch.ones_like(goes)
+def pulls(lasso: GroupLasso, rms: Tensor, goes: Tensor, share: float) -> Tensor:
+    """r_a of each group's axis where the group `goes`, 0 where it does not. Of the groups that divide a weight, and
+    leave its shape, all but the strongest `share` go."""
+    result = torch.zeros_like(rms)
     for at in lasso.groups.of_axis.values():
-        other[at] = False
         if goes[at].any():
             result[at] = torch.where(goes[at], rms[at][goes[at]].max(), 0.0)
-    result[other] = result[goes].mean() if goes.any() else 0.0
+    for at in lasso.groups.of_weights:
+        count = round((1 - share) * len(rms[at]))
+        if count:
+            level = rms[at].kthvalue(count).values
+            result[at] = torch.where(rms[at] <= level, level, 0.0)
     return result
