@@ -265,7 +265,7 @@ def _before(dynamic: DynamicModel, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("recipe", "frozen", "head", "message"),
     [
-        ("sum", True, "auto", "recipe='sum': use one of distill, distill-all"),
+        ("sum", True, "auto", "recipe='sum': use one of distill, distill-all, sum"),
         ("balanced", True, "auto", "which is frozen: unfreeze it"),
         ("ztw", True, "auto", 'give head="cascade"'),
     ],

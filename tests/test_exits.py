@@ -276,7 +276,7 @@ def test_outputs_without_clear_logits_are_refused(shape: str) -> None:
 
 
 def test_too_many_exits() -> None:
-    with pytest.raises(RequestError, match=r"exits=9: the model has room for 2 \(relu, relu_1\); ask for fewer"):
+    with pytest.raises(RequestError, match=r"exits=9: the model has room for 3 \(relu, relu_1, mul\); ask for fewer"):
         InsertExits(9)(graph("two-inputs"))
 
 

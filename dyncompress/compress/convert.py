@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..errors import RequestError
 from ..passes.capture import Inputs, capture
@@ -95,7 +95,8 @@ def convert(
             trained layers learn too, at the peak rate lr * trunk_lr; the final exit may then lose accuracy.
         rule: a name in `runtime.policy.RULES`: max-softmax, entropy, margin, energy, patience or learned.
         threshold_search: "grid", "genetic" or "quota" (`choose_policy`).
-        max_loss: accuracy (0..1) that may be lost against the static model, on unseen samples (see `slack`).
+        max_loss: accuracy (0..1) that may be lost, on unseen samples (see `slack`), against the static model or, where
+            training the trunk made it better, against the final exit.
         macs: instead, a budget: mean MACs as a share of the static model's.
         risk, confidence, risk_of: instead, a rate promised for unseen samples with that probability (`choose_policy`).
         mixed_precision, device, run_dir, resume, progress: see `trainer.fit`.
@@ -167,7 +168,7 @@ def convert(
         dynamic,
         calibration,
         **leaving,
-        static_logits=static_logits,
+        static_logits=_better(static_logits, dynamic, calibration, device),
         seed=seed,
         device=device,
         progress=progress,
@@ -182,6 +183,17 @@ def _divided(data: HasSplits | LabelledData, seed: int) -> tuple[LabelledData, L
         size_of(data.calibration, "calibration")
         return data.train, data.calibration
     return split_off(data, _CALIBRATION_SHARE, seed)
+
+
+def _better(
+    static_logits: Tensor | None, dynamic: DynamicModel, calibration: LabelledData, device: torch.device
+) -> Tensor | None:
+    """The static model's logits, unless the final exit has become better in training: losses count from there."""
+    if static_logits is None:
+        return None
+    logits, labels = collect_logits(dynamic, calibration, device=device)
+    right = [(z.argmax(-1) == labels).sum() for z in (static_logits, logits[-1])]
+    return static_logits if right[0] >= right[1] else None
 
 
 def _places(exits: int | str | Sequence[str]) -> int | str | tuple[str, ...]:

@@ -2,6 +2,7 @@
 
     distill         Phuong & Lampert 2019: labels, and the last exit teaches the others
     distill-all     the same, with every later exit as teacher
+    sum             MSDNet 2018: cross-entropy of every exit
     weighted        BranchyNet 2016: cross-entropy, weights falling from 1.0 at the first exit to 0.3 at the last
     ramped          Shallow-Deep Networks 2019: weights that grow during training to .15 ... .9
     hints           BYOT 2019, SCAN 2019: labels, the last exit's answers, and its features
@@ -61,6 +62,7 @@ _ALONE = Phase(lambda exits, steps: Weighted([0.0] * exits + [1.0]), "trunk")
 RECIPES: dict[str, tuple[Phase, ...]] = {
     "distill": (Phase(lambda exits, steps: SelfDistillation()),),
     "distill-all": (Phase(lambda exits, steps: SelfDistillation(teacher="all")),),
+    "sum": (Phase(_sum),),
     "weighted": (Phase(lambda exits, steps: Weighted(_even(*_BRANCHY, exits + 1))),),
     "ramped": (Phase(lambda exits, steps: Ramped(_even(*_RAMP, exits), steps)),),
     "hints": (Phase(lambda exits, steps: Hints()),),

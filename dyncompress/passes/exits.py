@@ -148,10 +148,12 @@ def _named_logits(gm: fx.GraphModule) -> fx.Node | None:
 
 
 def exit_places(gm: fx.GraphModule, types: Typing, logits: fx.Node) -> list[Place]:
-    """Every cut point whose tensor a head can read, in graph order."""
+    """Every cut point whose tensor a head can read, in graph order; not before a vocabulary's decoder, as dear."""
     most_weights = int(min(_HEAD_MACS * count_macs(gm), _HEAD_PARAMETERS * count_parameters(gm)))
     specs = ((p, head_spec(types, p.node, logits.meta["val"], most_weights)) for p in cut_points(gm, types))
-    return [Place(point, spec) for point, spec in specs if spec is not None and point.node is not logits]
+    total = count_macs(gm)
+    found = [Place(point, spec) for point, spec in specs if spec is not None and point.node is not logits]
+    return [p for p in found if p.point.macs + p.position_macs < total]
 
 
 def _after_every_block(places: list[Place], total: int) -> list[Place]:
@@ -162,7 +164,7 @@ def _after_every_block(places: list[Place], total: int) -> list[Place]:
 
 
 def _usable(places: list[Place], total: int) -> list[Place]:
-    return _one_per_cost([p for p in places if 0 < p.point.macs <= (1 - _LEAST_REST) * total - p.head_macs])
+    return _one_per_cost([p for p in places if 0 < p.point.macs <= (1 - _LEAST_REST) * total])
 
 
 def _at_equal_shares(places: list[Place], count: int, total: int) -> list[Place]:

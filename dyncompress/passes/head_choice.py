@@ -31,11 +31,11 @@ class Place:
     spec: dict[str, Any]
 
     @property
-    def head_macs(self) -> int:
-        """What that head costs for one sample."""
-        args, val = self.spec["args"], self.point.node.meta["val"]
-        positions = val.shape[1] if self.spec["type"] == PositionHead.__name__ else 1
-        return positions * _width(args) * args.get("grid", 1) ** 2 * args["classes"]
+    def position_macs(self) -> int:
+        """What that head costs for one sample where it answers at every position; elsewhere heads cost little."""
+        if self.spec["type"] != PositionHead.__name__:
+            return 0
+        return self.point.node.meta["val"].shape[1:].numel() * self.spec["args"]["classes"]
 
 
 def make_head(kind: str, place: Place) -> nn.Module:
