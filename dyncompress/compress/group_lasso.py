@@ -101,10 +101,13 @@ class GroupLasso:
         along = iter(factors[self._ids].split([link.ids.numel() for same in self._links for link in same]))
         for parameter, same in self._divided():
             view = parameter.view(same[0].view)
-            scales = [next(along).view([n if d in link.dims else 1 for d, n in enumerate(view.shape)]) for link in same]
+            scales: dict[tuple[int, ...], Tensor] = {}
+            for link in same:
+                scale = next(along).view([n if dim in link.dims else 1 for dim, n in enumerate(view.shape)])
+                scales[link.dims] = scales[link.dims] * scale if link.dims in scales else scale
             rows = self._rows(view)
             for at in range(0, len(view), rows):
-                for scale in scales:  # one after the other while the piece is in the cache
+                for scale in scales.values():  # one after the other while the piece is in the cache
                     view[at : at + rows].mul_(scale[at : at + rows] if len(scale) > 1 else scale)
         return factors[:-1] == 0
 
@@ -148,12 +151,12 @@ _PIECE = 1 << 17  # numbers
 def _sums_along(pieces: Iterable[Tensor], links: Sequence[Link]) -> Iterator[Tensor]:
     """The sums of a parameter's entries along each of its links, flat; what no link divides is summed first."""
     divided = sorted({dim for link in links for dim in link.dims})
-    found: list[list[Tensor]] = [[] for _ in links]
+    sums: dict[tuple[int, ...], list[Tensor]] = {link.dims: [] for link in links}
     for piece in pieces:
         others = [dim for dim in range(piece.dim()) if dim not in divided]
         rest = piece.sum(others) if others else piece
-        for link, sums in zip(links, found, strict=True):
-            across = [at for at, dim in enumerate(divided) if dim not in link.dims]
-            sums.append(rest.sum(across) if across else rest.clone())  # the memory of a piece is used again
-    for link, sums in zip(links, found, strict=True):
-        yield (torch.cat(sums) if 0 in link.dims else torch.stack(sums).sum(0)).flatten()
+        for dims, found in sums.items():
+            across = [at for at, dim in enumerate(divided) if dim not in dims]
+            found.append(rest.sum(across) if across else rest.clone())  # the memory of a piece is used again
+    whole = {dims: torch.cat(found) if 0 in dims else torch.stack(found).sum(0) for dims, found in sums.items()}
+    yield from (whole[link.dims].flatten() for link in links)
