@@ -169,7 +169,7 @@ def _tensors(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, Tensor]]:
         if isinstance(value, Tensor):
             yield str(node.target), value
     elif node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
+        module = attribute(gm, str(node.target))
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
             yield f"{node.target}.{name}", value
 

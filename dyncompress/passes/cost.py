@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from .capture import CAPTURE_BATCH
 from .ragged import RaggedRecurrent
+from .typing import attribute
 
 aten = torch.ops.aten
 
@@ -64,7 +65,7 @@ def _whole_macs(gm: fx.GraphModule, node: fx.Node) -> int:
         return count(node) if count else 0
     if node.op != "call_module":
         return 0
-    module = gm.get_submodule(str(node.target))
+    module = attribute(gm, str(node.target))
     known = getattr(module, "macs_per_sample", None)  # modules of this package, such as exit heads, say it themselves
     if known is not None:
         return known * CAPTURE_BATCH

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
+
+State = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
 @contextmanager
@@ -20,17 +23,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[list[State]]:
     """Whatever happens inside to attributes of the modules, and to lists, dicts and sets among them, is undone.
 
-    Models that cache tensors between calls would otherwise keep those of a traced call.
+    Models that cache tensors between calls would otherwise keep those of a traced call. Yields, for each module, its
+    attributes, what they were, and what was in the lists, dicts and sets.
     """
     before = [
         (vars(m), dict(vars(m)), {k: v.copy() for k, v in vars(m).items() if type(v) in (dict, list, set)})
         for m in model.modules()
     ]
     try:
-        yield
+        yield before
     finally:
         for now, attributes, contents in before:
             now.clear()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from .axes import Axes, as_keep, infer_axes
-from .copying import copy_with
-from .dims import kept_indices, new_size
+from .copying import draft_copy
+from .dims import Dim, kept_indices, new_size, resolve
 from .typing import attribute
 
 Kept = tuple[Tensor | None, ...]
@@ -72,12 +72,14 @@ class Plan:
 
 def masked_copy(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
     """A deep copy of `gm`, everything that the plan removes set to zero."""
-    return copy_with(gm, {name: scheme.zero(name, attribute(gm, name).detach()) for name in scheme.touched})
+    masked = draft_copy(gm, {name: scheme.zero(name, attribute(gm, name).detach()) for name in scheme.touched})
+    masked.recompile()
+    return masked
 
 
 def sliced_copy(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
-    """A deep copy of `gm` in which each tensor that the plan shrinks is already its slice."""
-    return copy_with(gm, {name: scheme.slice(name, attribute(gm, name).detach()) for name in scheme.kept})
+    """A draft (see `draft_copy`) of `gm` in which each tensor that the plan shrinks is already its slice."""
+    return draft_copy(gm, {name: scheme.slice(name, attribute(gm, name).detach()) for name in scheme.kept})
 
 
 def plan(gm: fx.GraphModule, keep: Mapping[str, Tensor | list[int]]) -> Plan:
@@ -92,10 +94,16 @@ def plan(gm: fx.GraphModule, keep: Mapping[str, Tensor | list[int]]) -> Plan:
 
 def plan_axes(axes: Axes, keep: Mapping) -> Plan:
     """The plan for kept indices by atom."""
-    kept, shapes = {}, {}
+    kept, shapes, found = {}, {}, dict[Dim, Tensor | None]()
+
+    def along(dim: Dim) -> Tensor | None:
+        if dim not in found:
+            found[dim] = kept_indices(dim, keep) if new_size(dim, keep) != dim.size else None
+        return found[dim]
+
     dropped = frozenset(t for atom, branch in axes.branches.items() if atom in keep for t in branch.tensors)
     for name, dims in axes.types.params.items():
-        if name not in dropped and any(new_size(d, keep) != d.size for d in dims):
-            kept[name] = tuple(kept_indices(d, keep) for d in dims)
-            shapes[name] = tuple(d.size for d in dims)
+        slices = tuple(along(resolve(dim)) for dim in dims)
+        if name not in dropped and any(indices is not None for indices in slices):
+            kept[name], shapes[name] = slices, tuple(d.size for d in dims)
     return Plan(kept, shapes, dropped)

@@ -6,8 +6,9 @@ of the numbers follow the batch. What a recording cannot vouch for raises `Unrec
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .modes import untouched
+from .modes import State, untouched
 from .output_shapes import OUTPUT_SHAPES
 
 
@@ -28,7 +29,7 @@ class Unrecorded(Exception):
     """Why a model cannot be recorded."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Source:
     """Where an argument comes from: tensor number `output` of call number `call`, or an input or tensor by name."""
 
@@ -59,8 +60,18 @@ class Recording:
     structure: Any = None
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> Recording:
-    """Calls `model` on meta tensors; `names` are those of the leaves of (args, kwargs). The model is left as it was.
+@dataclass(frozen=True)
+class Subject:
+    """A model without values: its tensors by name, its modules' paths by id, and the device that it is really on."""
+
+    model: nn.Module
+    tensors: dict[str, Tensor]
+    paths: dict[int, str]
+    device: torch.device
+
+
+def record(subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> Recording:
+    """Calls the model on meta tensors; `names` are those of the leaves of (args, kwargs). The model is left as it was.
 
     Raises:
         Unrecorded: the call needs a value, or keeps state in the model, or uses a tensor that is not the model's own.
@@ -69,14 +80,18 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise Unrecorded("an input is not a tensor")
     recording = Recording(dict(zip(names, leaves, strict=True)))
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    recorder = _Recorder(recording, subject)
     try:
-        with ExitStack() as stack:
-            recorder = _Recorder(recording, model, stack.enter_context(_without_values(model)))
-            for context in (recorder.following_modules(), _as_in_export(), enable_python_dispatcher(), recorder):
-                stack.enter_context(context)
-            stack.enter_context(_OnDevice(device))
-            result = model(*args, **kwargs)
+        with untouched(subject.model) as before:
+            with (
+                recorder.following_modules(),
+                _as_in_export(),
+                enable_python_dispatcher(),
+                recorder,
+                _OnDevice(subject.device),
+            ):
+                result = subject.model(*args, **kwargs)
+            _check_kept(before)
     except Unrecorded:
         raise
     except Exception as error:  # whatever it is, export meets it too and explains it in the user's words
@@ -117,15 +132,14 @@ class _OnDevice(TorchFunctionMode):
 class _Recorder(ProxyTorchDispatchMode):
     """Takes the place of the tracer that torch calls before autograd; the base class is what torch lets in there."""
 
-    def __init__(self, recording: Recording, model: nn.Module, known: dict[str, Tensor]) -> None:
+    def __init__(self, recording: Recording, subject: Subject) -> None:
         TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
         self._mode_key = torch._C._TorchDispatchModeKey.PROXY
-        self.recording, self._known = recording, {id(t): name for name, t in reversed(known.items())}
-        self._paths = {id(module): path for path, module in model.named_modules()}
-        self._path = [""]
+        self.recording, self._known = recording, {id(t): name for name, t in reversed(subject.tensors.items())}
+        self._paths, self._path = subject.paths, [""]
         self._sources = {id(t): Source(-1, name=name) for name, t in recording.inputs.items()}
         self._made: dict[Any, Source] = {}  # by place: torch hands out a second tensor on what a factory has made
-        self._alive: list[Any] = list(known.values())  # an id stays a tensor's own as long as the tensor lives
+        self._alive: list[Any] = []  # an id stays a tensor's own as long as the tensor lives
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -156,8 +170,8 @@ class _Recorder(ProxyTorchDispatchMode):
         outputs = call.value if isinstance(call.value, tuple | list) else [call.value]
         for i, output in enumerate(outputs):
             if isinstance(output, Tensor):
-                self._sources[id(output)] = Source(number, i)
-                self._made.setdefault(_placed(output), Source(number, i))
+                source = self._sources[id(output)] = Source(number, i)
+                self._made.setdefault(_placed(output), source)
             elif output is not None:
                 raise Unrecorded(f"{call.target} returns a {type(output).__name__}")
         self.recording.calls.append(call)
@@ -210,32 +224,35 @@ def _mapped(function: Any, value: Any) -> Any:
 
 
 @contextmanager
-def _without_values(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While active every parameter and buffer is a meta tensor, ties kept; yields them by name.
-
-    Raises:
-        Unrecorded: on the way out, where the call has put tensors into the model.
-    """
-    empty: dict[int, Tensor] = {}
-    with untouched(model):
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for module in dict.fromkeys(modules.values()):
-            for kind in (module._parameters, module._buffers):
-                for name, tensor in kind.items():
-                    if tensor is not None and id(tensor) not in empty:
-                        empty[id(tensor)] = _empty(tensor)
-                    kind[name] = tensor if tensor is None else empty[id(tensor)]
-        before = [(m, dict(vars(m)), set(m._buffers)) for m in modules.values()]
-        yield {
+def without_values(model: nn.Module) -> Iterator[Subject]:
+    """While active every parameter and buffer is a meta tensor, ties kept."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    kinds = [kind for module in modules.values() for kind in (module._parameters, module._buffers)]
+    full = {id(kind): (kind, dict(kind)) for kind in kinds}
+    empty = {id(t): t for _, tensors in full.values() for t in tensors.values() if t is not None}
+    device = next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+    empty = {number: _empty(t) for number, t in empty.items()}
+    try:
+        for kind, tensors in full.values():
+            kind.update((name, t if t is None else empty[id(t)]) for name, t in tensors.items())
+        known = {
             f"{path}.{name}".lstrip("."): tensor
             for path, module in modules.items()
             for name, tensor in {**module._parameters, **module._buffers}.items()
             if tensor is not None
         }
-        for module, attributes, buffers in before:
-            added = [k for k, v in vars(module).items() if isinstance(v, Tensor) and attributes.get(k) is not v]
-            if added or set(module._buffers) != buffers:
-                raise Unrecorded(f"{type(module).__name__} keeps a tensor between calls")
+        yield Subject(model, known, {id(m): path for path, m in reversed(modules.items())}, device)
+    finally:
+        for kind, tensors in full.values():
+            kind.update(tensors)
+
+
+def _check_kept(before: list[State]) -> None:
+    """Raises Unrecorded where the call has put tensors into the model."""
+    for now, attributes, contents in before:
+        added = [k for k, v in now.items() if attributes.get(k) is not v and isinstance(v, Tensor)]
+        if added or now["_buffers"].keys() != contents["_buffers"].keys():
+            raise Unrecorded(f"the model keeps a tensor between calls: {added}")
 
 
 def _empty(tensor: Tensor) -> Tensor:

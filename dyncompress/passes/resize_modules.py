@@ -10,13 +10,13 @@ from .counted import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
 from .dims import Atom, new_size
 from .heads import ExitHead, ImageHead, TokenHead
 from .ragged import RaggedRecurrent
-from .typing import Typing
+from .typing import Typing, attribute
 
 
 def resize_modules(types: Typing, small: fx.GraphModule, keep: Mapping[Atom, Tensor]) -> None:
     """Updates every called module of `small`, whose tensors are already sliced."""
     for node in types.gm.graph.find_nodes(op="call_module"):
-        module = small.get_submodule(str(node.target))
+        module = attribute(small, str(node.target))
         if isinstance(module, nn.modules.conv._ConvNd):
             _conv(types, node, module, keep)
         elif isinstance(module, nn.Linear):

@@ -37,6 +37,13 @@ def shrink(gm: fx.GraphModule, keep: Keep, *, exact: bool = False) -> fx.GraphMo
 
 def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False) -> fx.GraphModule:
     """`shrink` with axes already inferred and kept indices by atom."""
+    small = shrunk_draft(axes, keep, exact=exact)
+    small.recompile()
+    return small
+
+
+def shrunk_draft(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False) -> fx.GraphModule:
+    """`shrink_axes` without compiling the result: enough to count it."""
     types, scheme = axes.types, plan_axes(axes, keep)
     small = sliced_copy(types.gm, scheme)
     nodes = {node.name: node for node in small.graph.nodes}
@@ -49,7 +56,6 @@ def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False)
         keep_counts(types, small, twins, scheme, keep)
         fold_constants(types, small, keep)
     remove_branches(small, [branch for atom, branch in axes.branches.items() if atom in keep])
-    small.recompile()
     return small
 
 

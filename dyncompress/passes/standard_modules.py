@@ -49,8 +49,14 @@ def _meta(kind: Any, *args: Any, **kwargs: Any) -> nn.Module:
 
 @cache
 def _uninitialised(kind: Any) -> Any:
-    """`kind` without drawing initial weights, which takes time on the meta device too."""
-    return type(kind.__name__, (kind,), {"reset_parameters": lambda self: None})
+    """`kind` without drawing initial weights, which takes time on the meta device too, nor looking for tensors and
+    modules among the numbers it is given."""
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        setter = nn.Module if isinstance(value, torch.Tensor | nn.Module) else object
+        setter.__setattr__(self, name, value)
+
+    return type(kind.__name__, (kind,), {"reset_parameters": lambda self: None, "__setattr__": set_attribute})
 
 
 def _pair(value: Any, n: int) -> tuple[int, ...]:

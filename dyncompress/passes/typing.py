@@ -6,7 +6,7 @@ without a rule, or whose rule contradicts the traced shape, freezes everything i
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -147,9 +147,14 @@ class Typing:
 
     def feature_dim(self, node: fx.Node) -> int | None:
         """The last tensor dim of `node` that holds an axis some layer computes (channels, features); None if none."""
-        features = {leaf for dim in self.features for leaf in leaves(dim)}
+        features = self._computed
         hits = [i for i, d in enumerate(self._plain(node)) if any(leaf in features for leaf in leaves(d))]
         return hits[-1] if hits else None
+
+    @cached_property
+    def _computed(self) -> set[Atom]:
+        """The axes that layers compute; complete once the graph is typed, when passes ask."""
+        return {leaf for dim in self.features for leaf in leaves(dim)}
 
     def _plain(self, node: fx.Node) -> Dims:
         dims = self.of(node)
@@ -205,7 +210,7 @@ def _type_node(types: Typing, node: fx.Node) -> Typed:
 
 def _find_rule(types: Typing, node: fx.Node) -> tuple[Rule | None, dict[str, Any]]:
     if node.op == "call_module":
-        module = types.gm.get_submodule(str(node.target))
+        module = attribute(types.gm, str(node.target))
         args = {"module": module, "name": str(node.target), "input": node.args[0] if node.args else None}
         return MODULE_RULES.get(type(module)), args
     name = op_name(node)
@@ -220,7 +225,7 @@ def _find_rule(types: Typing, node: fx.Node) -> tuple[Rule | None, dict[str, Any
 
 def _described(gm: fx.GraphModule, node: fx.Node) -> str:
     if node.op == "call_module":
-        return type(gm.get_submodule(str(node.target))).__name__
+        return type(attribute(gm, str(node.target))).__name__
     return str(node.target)
 
 
@@ -248,7 +253,7 @@ def _untyped(types: Typing, node: fx.Node, reason: str, typed: Any = ()) -> Type
     types.untyped[node.name] = reason
     types.freeze_all([typed, *(types.of(n) for n in node.all_input_nodes)], reason)
     if node.op == "call_module":
-        module = types.gm.get_submodule(str(node.target))
+        module = attribute(types.gm, str(node.target))
         names = [n for n, _ in [*module.named_parameters(), *module.named_buffers()]]
         types.freeze_all([types.param(f"{node.target}.{n}") for n in names], reason)
     return _frozen_like(node.meta.get("val"), reason)

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from .recording import Call, Recording, Source, Unrecorded, record
+from .recording import Call, Recording, Source, Subject, Unrecorded, record, without_values
 
 aten = torch.ops.aten
 _BATCHES = (59, 61)  # primes, as the capture batch is
@@ -45,10 +45,21 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ba
     """
     names = _leaf_names(model, args, kwargs)
     args, kwargs = pytree.tree_map(_shape_only, (args, kwargs))
-    base = record(model, args, kwargs, names)
+    with without_values(model) as subject:
+        graph, structure = _recorded(subject, args, kwargs, names, batch)
+    arguments = [*_positional(model, len(args)), *kwargs]
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, pytree.tree_structure((args, kwargs)), structure)))
+    return graph
+
+
+def _recorded(
+    subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], batch: int
+) -> tuple[fx.Graph, Any]:
+    """The graph, and the structure of what the model returns."""
+    base = record(subject, args, kwargs, names)
 
     def at(free: Sequence[Free], number: int) -> Recording:
-        return record(model, *_resized(args, kwargs, names, free, number), names)
+        return record(subject, *_resized(args, kwargs, names, free, number), names)
 
     for free in _choices(base.inputs, batch):
         try:
@@ -60,13 +71,9 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ba
         if len(free) > 1 and len(second.calls) != len(base.calls):
             continue  # a loop over a length, which a graph can only hold unrolled
         try:
-            graph = _Writer([base, second], free).graph()
+            return _Writer([base, second], free).graph(), base.structure
         except Unrecorded:
-            graph = _Writer([base, second, at(free, 2)], free).graph()
-        arguments = [*_positional(model, len(args)), *kwargs]
-        structure = pytree.tree_structure((args, kwargs))
-        graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, structure, base.structure)))
-        return graph
+            return _Writer([base, second, at(free, 2)], free).graph(), base.structure
     raise AssertionError("the last choice has one free size")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import Tensor, fx, nn
 
 from .ragged import RaggedRecurrent
-from .typing import op_name
+from .typing import attribute, op_name
 
 _IF_FIRST_IS = {
     "relu", "relu6", "gelu", "silu", "mish", "tanh", "leaky_relu", "elu", "selu", "celu", "hardswish", "hardtanh",
@@ -45,7 +45,7 @@ def _is_zero(gm: fx.GraphModule, node: fx.Node, tensors: set[str], zeros: set[fx
     if node.op == "get_attr":
         return str(node.target) in tensors
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
+        module = attribute(gm, str(node.target))
         if not isinstance(module, _AFFINE):
             return isinstance(module, nn.modules.dropout._DropoutNd) and node.args[0] in zeros
         learned = {f"{node.target}.{name}" for name, _ in module.named_parameters()}

@@ -31,7 +31,7 @@ def taylor_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context) ->
     with _gradients(gm):
         for _ in _backward(gm, context.drawn(), context.batch_size, context.progress):
             pass  # the gradients add up
-        return {axis.name: group_sums(gm, axis, torch.mul, _with_gradient).abs() for axis in axes}
+        return {name: sums.abs() for name, sums in group_sums(gm, axes, torch.mul, _with_gradient).items()}
 
 
 def hessian_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context) -> Scores:
@@ -56,7 +56,7 @@ def hessian_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context) -
     def with_fisher(weight: Tensor) -> tuple[Tensor, ...]:
         return (weight, fisher[id(weight)]) if id(weight) in fisher else ()
 
-    return {axis.name: group_sums(gm, axis, _saliency, with_fisher) for axis in axes}
+    return group_sums(gm, axes, _saliency, with_fisher)
 
 
 def _saliency(weight: Tensor, fisher: Tensor) -> Tensor:

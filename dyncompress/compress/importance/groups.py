@@ -1,7 +1,6 @@
 """Sums over everything that belongs to each index of an axis, and what every importance is given besides the model."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +9,7 @@ from torch.utils.data import Subset
 
 from ...errors import RequestError
 from ...passes.axes import Axis
+from ...passes.dims import Dim, resolve
 from ...passes.typing import attribute
 from ..batches import LabelledData, size_of
 
@@ -50,30 +50,49 @@ def _weight(parameter: nn.Parameter) -> tuple[Tensor, ...]:
     return (parameter,)
 
 
-def group_sums(gm: fx.GraphModule, axis: Axis, per_element: PerElement, operands: Operands = _weight) -> Tensor:
-    """Sum of `per_element(*operands(parameter))` over all that belongs to each index of `axis`: (axis.size,) float64.
+def group_sums(
+    gm: fx.GraphModule, axes: Iterable[Axis], per_element: PerElement, operands: Operands = _weight
+) -> Scores:
+    """Sum of `per_element(*operands(parameter))` over all that belongs to each index of each axis, by axis name.
 
     Operands, by default the parameter alone, are shaped like it; a parameter without operands adds nothing.
     """
-    total = torch.zeros(axis.size, dtype=torch.float64)
-    for tensor, dim, positions in parameter_slices(gm, axis):
-        read = operands(tensor)
-        if read:
-            total += _along(per_element, [x.detach() for x in read], dim).cpu()[positions].sum(1)
-    return total
+    sliced = [(axis, list(parameter_slices(gm, axis))) for axis in axes]
+    dims: dict[nn.Parameter, set[int]] = {}
+    for _, slices in sliced:
+        for tensor, dim, _ in slices:
+            dims.setdefault(tensor, set()).add(dim)
+    along = {
+        tensor: _along(per_element, [x.detach() for x in read], wanted)
+        for tensor, wanted in dims.items()
+        if (read := operands(tensor))
+    }
+    scores: Scores = {}
+    for axis, slices in sliced:
+        total = scores[axis.name] = torch.zeros(axis.size, dtype=torch.float64)
+        for tensor, dim, positions in slices:
+            if tensor in along:
+                total += along[tensor][dim][positions].sum(1)
+    return scores
 
 
-def _along(per_element: PerElement, operands: list[Tensor], dim: int) -> Tensor:
-    """Sums over every dim but `dim` in float64, in blocks of rows: float64 copies of all rows would not fit a cache."""
+def _along(per_element: PerElement, operands: list[Tensor], dims: Iterable[int]) -> dict[int, Tensor]:
+    """For each of `dims` the sums over all others, float64 on the CPU.
+
+    In blocks of rows: float64 copies of all rows would not fit a cache.
+    """
     first = operands[0]
     rows = max(1, _BLOCK * len(first) // max(first.numel(), 1))
-    others = [d for d in range(first.dim()) if d != dim]
-    sums = (
-        values.sum(others) if others else values
-        for block in zip(*(x.split(rows) for x in operands), strict=True)
-        for values in [per_element(*(x.double() for x in block))]
-    )
-    return torch.cat(list(sums)) if dim == 0 else functools.reduce(Tensor.add_, sums)
+    sums: dict[int, list[Tensor]] = {dim: [] for dim in dims}
+    for block in zip(*(x.split(rows) for x in operands), strict=True):
+        values = per_element(*(x.double() for x in block))
+        for dim, parts in sums.items():
+            part = values.sum([d for d in range(values.dim()) if d != dim]) if values.dim() > 1 else values
+            if dim and parts:
+                parts[0] += part
+            else:
+                parts.append(part)
+    return {dim: torch.cat(parts).cpu() for dim, parts in sums.items()}
 
 
 def parameter_slices(gm: fx.GraphModule, axis: Axis) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
@@ -82,12 +101,17 @@ def parameter_slices(gm: fx.GraphModule, axis: Axis) -> Iterator[tuple[nn.Parame
     A parameter that two modules share counts once.
     """
     seen: set[tuple[int, int, int]] = set()
+    places: dict[tuple[Dim | int, int], Tensor] = {}  # most slices of an axis look alike
     for piece in axis.slices:
         tensor = attribute(gm, piece.tensor)
         key = (id(tensor), piece.dim, piece.occurrence)
         if isinstance(tensor, nn.Parameter) and key not in seen:
             seen.add(key)
-            yield tensor, piece.dim, piece.positions
+            kind = piece.dim_type if isinstance(piece.dim_type, int) else resolve(piece.dim_type)
+            place = (kind, piece.occurrence)
+            if place not in places:
+                places[place] = piece.positions
+            yield tensor, piece.dim, places[place]
 
 
 def normalised(scores: Tensor) -> Tensor:

@@ -24,12 +24,12 @@ from .groups import Context, Scores, group_sums, parameter_slices
 
 def l1_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context | None = None) -> Scores:
     """L1 norm of each group, by axis name."""
-    return {axis.name: group_sums(gm, axis, torch.abs) for axis in axes}
+    return group_sums(gm, axes, torch.abs)
 
 
 def l2_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context | None = None) -> Scores:
     """L2 norm of each group, by axis name."""
-    return {axis.name: _energy(gm, axis).sqrt() for axis in axes}
+    return {name: energy.sqrt() for name, energy in _energies(gm, axes).items()}
 
 
 def lamp_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context | None = None) -> Scores:
@@ -37,7 +37,7 @@ def lamp_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context | Non
 
     The branches of the model, each an axis of its own, are ranked against each other as if they were one axis.
     """
-    energies = {axis.name: _energy(gm, axis) for axis in axes}
+    energies = _energies(gm, axes)
     scores = {name: _lamp(energy) for name, energy in energies.items()}
     branches = [name for name, energy in energies.items() if len(energy) == 1]
     if branches:
@@ -57,7 +57,9 @@ def geometric_median_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: C
 
     A branch has no others: it takes its L2 norm.
     """
-    return {axis.name: _distances(gm, axis).sum(1) if axis.size > 1 else _energy(gm, axis).sqrt() for axis in axes}
+    axes = list(axes)
+    alone = l2_scores(gm, [axis for axis in axes if axis.size == 1])
+    return {axis.name: alone[axis.name] if axis.size == 1 else _distances(gm, axis).sum(1) for axis in axes}
 
 
 def bn_scale_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context | None = None) -> Scores:
@@ -68,21 +70,18 @@ def bn_scale_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context |
     Raises:
         RequestError: no axis has a BatchNorm.
     """
-    scales = _batchnorm_scales(gm)
-    scores, found = {}, False
-    for axis in axes:
-        own = [s.tensor for s in axis.slices if s.tensor in scales]
-        found = found or bool(own)
-        gammas = {id(attribute(gm, name)) for name in own}
-        score = group_sums(gm, axis, torch.abs, lambda w, chosen=gammas: (w,) * (id(w) in chosen))  # type: ignore[misc]
-        scores[axis.name] = score if own else _energy(gm, axis).sqrt()
-    if not found:
+    axes, scales = list(axes), _batchnorm_scales(gm)
+    having = [axis for axis in axes if any(s.tensor in scales for s in axis.slices)]
+    if not having:
         raise RequestError("importance='bn-scale' needs BatchNorm, and no prunable axis has one: use l2 or taylor")
-    return scores
+    gammas = {attribute(gm, name) for name in scales}
+    found = group_sums(gm, having, torch.abs, lambda w: (w,) if w in gammas else ())
+    others = l2_scores(gm, [axis for axis in axes if axis.name not in found])
+    return {axis.name: found[axis.name] if axis.name in found else others[axis.name] for axis in axes}
 
 
-def _energy(gm: fx.GraphModule, axis: Axis) -> Tensor:
-    return group_sums(gm, axis, torch.square)
+def _energies(gm: fx.GraphModule, axes: Iterable[Axis]) -> Scores:
+    return group_sums(gm, axes, torch.square)
 
 
 def _lamp(energy: Tensor) -> Tensor:
