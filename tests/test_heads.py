@@ -241,10 +241,9 @@ def test_own_exits_of_msdnet(tmp_path: Path) -> None:
     net = models.build("msdnet-cifar", exits=4, width=8, growth=4).eval()
     x = torch.rand(12, 3, 32, 32)
     gm = dc.capture(net, x[:2])
-    with pytest.raises(dc.RequestError, match='exits="own" takes the classifiers of a model that has several'):
-        InsertExits(2)(gm)
     dynamic = DynamicModel(InsertExits("own")(gm).gm.eval())
-    wanted = net(x)
+    early, last = net(x)
+    wanted = (*early, last)
     for ours, theirs in zip(dynamic.all_logits(x), wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
     dynamic.policy = half_leave(dynamic, wanted)
@@ -257,8 +256,22 @@ def test_own_exits_of_msdnet(tmp_path: Path) -> None:
     assert isinstance(loaded, DynamicModel) and torch.equal(loaded.predict(x).logits, out.logits)
 
 
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.first, self.b, self.last = (nn.Linear(5, n) for n in (5, 3, 5, 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.a(x)
+        return self.first(x), self.last(self.b(torch.relu(x)))
+
+
 def test_own_exits_need_a_tuple_of_logits() -> None:
     with pytest.raises(dc.RequestError, match='exits="own" needs a model that returns several logits'):
         InsertExits("own")(graph("resnet"))
+    pair = dc.capture(Pair(), torch.rand(2, 5))
+    assert InsertExits("own")(pair).gm.meta["exits"] == ["a"]
+    with pytest.raises(dc.RequestError, match='exits="own" takes the classifiers of a model that has several'):
+        InsertExits(1)(pair)
     with pytest.raises(dc.RequestError, match='give a number, a list of graph nodes, "every" or "own"'):
         InsertExits("some")

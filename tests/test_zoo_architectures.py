@@ -191,8 +191,8 @@ def test_scales_are_dense_and_dropped_in_thirds() -> None:
     shapes: list[list[tuple[int, ...]]] = []
     for layer in model.layers:
         layer.register_forward_hook(lambda _m, _i, out: shapes.append([tuple(x.shape[1:]) for x in out]))
-    logits = model(torch.rand(2, 3, 32, 32))
-    assert [z.shape for z in logits] == [(2, 10)] * 4
+    early, last = model(torch.rand(2, 3, 32, 32))
+    assert [z.shape for z in (*early, last)] == [(2, 10)] * 4
     sides = [(32, 16, 8), (32, 16, 8), (16, 8), (16, 8), (8,), (8,)]
     assert shapes == [[(c, s, s) for c, s in zip(*pair, strict=True)] for pair in zip(expected, sides, strict=True)]
 

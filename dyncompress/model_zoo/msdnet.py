@@ -5,6 +5,8 @@ half of them from all earlier channels of the next finer scale. The layers are d
 scales, and each part but the first leaves out the finest scale of the one before.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -76,10 +78,17 @@ def _exit(channels: int, classes: int) -> nn.Sequential:
     )
 
 
-class MSDNet(nn.Module):
-    """MSDNet in its CIFAR form (Huang et al. 2018): (B, channels, 32, 32) float -> a tuple of (B, classes) logits.
+class AnytimeLogits(NamedTuple):
+    """The (B, classes) logits of every early exit, and the network's own answer."""
 
-    One entry per exit, the last one the network's own answer; the exits read the coarsest scale after layer `base`
+    early: tuple[Tensor, ...]
+    logits: Tensor
+
+
+class MSDNet(nn.Module):
+    """MSDNet in its CIFAR form (Huang et al. 2018): (B, channels, 32, 32) float -> (B, classes) logits of every exit.
+
+    The exits, of which the last is the network's own answer, read the coarsest scale after layer `base`
     and after every `step` layers from there. The default has the paper's 24 layers with 11 exits.
 
     Raises RequestError for sizes that give fewer layers than scales.
@@ -115,7 +124,7 @@ class MSDNet(nn.Module):
             if number in self.exits_after:
                 self.heads.append(_exit(widths[-1], classes))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> AnytimeLogits:
         features = []
         for stem in self.stem:
             x = stem(x)
@@ -125,4 +134,4 @@ class MSDNet(nn.Module):
             features = layer(features)
             if number in self.exits_after:
                 logits.append(self.heads[len(logits)](features[-1]))
-        return tuple(logits)
+        return AnytimeLogits(tuple(logits[:-1]), logits[-1])

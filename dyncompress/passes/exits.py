@@ -36,7 +36,7 @@ class InsertExits(GraphPass):
     1. `exits` a number: at equal shares of the MACs, k/(exits + 1), each at the nearest place left;
     2. `exits` node names: after exactly these nodes;
     3. `exits` "every": after every block (see `blocks`);
-    4. `exits` "own": where the model has classifiers of its own, one per entry of the tuple of logits that it returns;
+    4. `exits` "own": the model's own classifiers, where it returns several logits of one shape, early first;
     5. a recurrent module of several layers is unstacked first (see `unstack`), so that an exit can follow any of them.
 
     `head` is one of `HEAD_KINDS` (`head_choice`), the same for all. The heads become the modules ``exits.0``,
@@ -264,7 +264,7 @@ def final_features(gm: fx.GraphModule) -> fx.Node:
 
 
 def use_own_exits(gm: fx.GraphModule) -> None:
-    """Makes exits of a model's own classifiers: its output is a tuple of logits of one shape, early first.
+    """Makes exits of a model's own classifiers: its outputs are logits of one shape, early first.
 
     Raises:
         RequestError: it is not, or what leads to one of them does not start from a single tensor.
