@@ -215,6 +215,14 @@ def test_a_promised_risk(risk_of: Any) -> None:
         choose_policy(made, data, risk=0.001, confidence=0.8, risk_of=risk_of)
 
 
+def test_exits_that_guess_cannot_promise_anything() -> None:
+    made = DynamicModel(deep_copy(graph_with_exits("resnet"))).eval()
+    x = CASES["resnet"].batch(300)
+    with pytest.warns(UserWarning, match="no exit keeps the risk of 0.05 with confidence 0.9 on 150 samples"):
+        choose_policy(made, TensorDataset(x, made.all_logits(x)[-1].argmax(-1)), risk=0.05)
+    assert made.predict(x).exit_index.tolist() == [3] * 300
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,5 +1,6 @@
 """The exit policy of a trained dynamic model: temperatures, then thresholds, from the calibration set alone."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal, get_args
@@ -148,7 +149,14 @@ def _promise(
     by_macs = [replace(template, thresholds=point.thresholds) for point in search.curve(_PATH_POINTS)]
     path = risk_path(by_macs, tuning.logits)
     labels = promising.labels if risk_of == "accuracy-loss" else None
-    return control_risk(promising.logits, labels, path, risk=risk, delta=delta, seed=seed)
+    promise = control_risk(promising.logits, labels, path, risk=risk, delta=delta, seed=seed)
+    if all(threshold is None for threshold in promise.policy.thresholds):
+        warnings.warn(
+            f"no exit keeps the risk of {risk:g} with confidence {1 - delta:g} on {promise.samples} samples, so all "
+            "are off: allow a larger risk, give more data or train the exits longer",
+            stacklevel=3,
+        )
+    return promise
 
 
 def _table(template: ExitPolicy, points: Sequence[OperatingPoint], cached: Cached) -> list[OperatingPolicy]:
