@@ -112,7 +112,7 @@ def plot_kept(path: Path, kept: Mapping[str, Mapping[str, Any]]) -> None:
     codes = np.stack([_bar_code(axis["size"], axis["kept"]) for axis in shown.values()])
     axes.imshow(codes, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     every = -(-len(shown) // int(_TALLEST / _ROW))
-    labels = [f"{name}  {len(axis['kept'])}/{axis['size']}" for name, axis in shown.items()]
+    labels = [f"{name}  {axis['kind']} {len(axis['kept'])}/{axis['size']}" for name, axis in shown.items()]
     axes.set_yticks(range(0, len(shown), every), labels[::every], fontsize=6)
     axes.set_yticks([row - 0.5 for row in range(1, len(shown))], minor=True)
     axes.grid(which="minor", axis="y", color="white", linewidth=1.5)
