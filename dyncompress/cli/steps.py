@@ -11,13 +11,17 @@ from torch import fx, nn
 
 from ..compress.convert import convert
 from ..compress.importance import NEED_DATA
+from ..compress.losses import cross_entropy
 from ..compress.prune import RECALIBRATION_BATCHES, prune
 from ..compress.recalibrate import recalibrate_batchnorm
 from ..compress.sparsify import sparsify
+from ..compress.trainer import fit
+from ..compress.unstructured import hold_zeros, prune_weights
 from ..errors import RequestError
 from ..model_zoo.data import Splits
+from ..passes import low_rank
 from ..runtime.dynamic import DynamicModel
-from ..runtime.recipe import Convert, Export, Prune, Sparsify, Step
+from ..runtime.recipe import Convert, Export, LowRank, Prune, Sparsify, Step, Unstructured
 
 
 def check_request(steps: Sequence[Step], data: str | None) -> None:
@@ -30,13 +34,15 @@ def check_request(steps: Sequence[Step], data: str | None) -> None:
             _check_needs_no_data(step)
 
 
-def _check_needs_no_data(step: Prune | Sparsify | Convert) -> None:
+def _check_needs_no_data(step: Prune | Sparsify | LowRank | Unstructured | Convert) -> None:
     if isinstance(step, Convert):
         raise RequestError("convert without data is not available yet: give labelled data, such as --data digits")
     if isinstance(step, Sparsify):
         raise RequestError("sparsify learns from data: give labelled data, such as --data digits")
-    if step.finetune or step.importance in NEED_DATA:
-        option = "finetune" if step.finetune else f"importance {step.importance}"
+    option = "finetune" if step.finetune else None
+    if option is None and isinstance(step, Prune) and step.importance in NEED_DATA:
+        option = f"importance {step.importance}"
+    if option is not None:
         raise RequestError(f"{step.name} with {option} needs labelled data: give --data, such as --data digits")
 
 
@@ -51,11 +57,11 @@ def check_order(steps: Sequence[Step], model: nn.Module) -> None:
 
 def result_name(step: Step) -> str:
     """What the report calls the model that a step made."""
-    return {"prune": "pruned", "sparsify": "sparsified", "convert": "dynamic"}[step.name]
+    return {"prune": "pruned", "sparsify": "sparsified", "convert": "dynamic"}.get(step.name, step.name)
 
 
 def take(
-    step: Prune | Sparsify | Convert,
+    step: Prune | Sparsify | LowRank | Unstructured | Convert,
     model: fx.GraphModule,
     data: Splits | None,
     *,
@@ -68,6 +74,8 @@ def take(
     common: dict[str, Any] = {"seed": seed, "device": device, "run_dir": work, "resume": True, "progress": progress}
     if isinstance(step, Prune):
         return _prune(step, model, data, **common)
+    if isinstance(step, LowRank | Unstructured):
+        return _baseline(step, model, data, **common)
     assert data is not None
     if isinstance(step, Sparsify):
         return sparsify(model, data.train, **{**asdict(step), "optimizer": _OPTIMIZERS[step.optimizer]}, **common)
@@ -83,4 +91,21 @@ def _prune(step: Prune, model: fx.GraphModule, data: Splits | None, *, seed: int
     small = prune(model, data=data.train, seed=seed, **asdict(step), **run)
     if not step.finetune and step.steps == 1:  # else it was done before the training
         recalibrate_batchnorm(small, data.train, batches=RECALIBRATION_BATCHES, seed=seed)
+    return small
+
+
+def _baseline(
+    step: LowRank | Unstructured, model: fx.GraphModule, data: Splits | None, *, seed: int, **run: Any
+) -> fx.GraphModule:
+    if isinstance(step, LowRank):
+        small = low_rank.LowRank(step.energy, step.rank, step.macs, step.params)(model).gm
+    else:
+        small = prune_weights(model, step.sparsity, scope=step.scope)
+    if data is not None:
+        recalibrate_batchnorm(small, data.train, batches=RECALIBRATION_BATCHES, seed=seed)
+    if step.finetune:
+        assert data is not None
+        held = hold_zeros(small) if isinstance(step, Unstructured) else None
+        training: dict[str, Any] = {"epochs": step.finetune, "lr": step.lr, "batch_size": step.batch_size, "seed": seed}
+        fit(small, cross_entropy, data.train, after_step=held, **training, **run)
     return small

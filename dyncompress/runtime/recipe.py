@@ -114,6 +114,46 @@ class Sparsify:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """A baseline: replaces linear layers and convolutions by two thinner ones each."""
+
+    name: ClassVar[str] = "low-rank"
+
+    energy: float | None = None
+    """Share of each layer's squared singular values that stays, 0..1. Give one of energy, rank, macs and params."""
+    rank: int | None = None
+    """One rank for all layers."""
+    macs: float | None = None
+    """Share of the multiply-accumulates that stays, 0..1."""
+    params: float | None = None
+    """Share of the parameters that stays, 0..1."""
+    finetune: int = 0
+    """Epochs of training after it; needs data."""
+    lr: float = 1e-3
+    """Peak learning rate of that training."""
+    batch_size: int = 128
+    """Samples per step of that training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unstructured:
+    """A baseline: zeroes the smallest weights, and no tensor gets smaller."""
+
+    name: ClassVar[str] = "unstructured"
+
+    sparsity: float = 0.5
+    """Share of the weights that becomes zero, 0..1."""
+    scope: Literal["global", "layer"] = "global"
+    """All weights compete, or every layer loses the same share."""
+    finetune: int = 0
+    """Epochs of training after it, which keeps the zeros; needs data."""
+    lr: float = 1e-3
+    """Peak learning rate of that training."""
+    batch_size: int = 128
+    """Samples per step of that training."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Convert:
     """Adds early exits, trains them and chooses their thresholds. Needs data."""
 
@@ -163,8 +203,8 @@ class Export:
     """Name of the file, in the run folder."""
 
 
-Step = Prune | Sparsify | Convert | Export
-STEPS: dict[str, type[Step]] = {kind.name: kind for kind in (Prune, Sparsify, Convert, Export)}
+Step = Prune | Sparsify | LowRank | Unstructured | Convert | Export
+STEPS: dict[str, type[Step]] = {kind.name: kind for kind in (Prune, Sparsify, LowRank, Unstructured, Convert, Export)}
 
 
 @dataclass(frozen=True, kw_only=True)
