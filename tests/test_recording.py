@@ -15,6 +15,8 @@ from dyncompress.passes import output_shapes
 from dyncompress.passes.recording import Unrecorded
 from dyncompress.passes.varying import recorded
 
+aten = torch.ops.aten
+
 
 def exported(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Any) -> torch.fx.GraphModule:
     """The model captured by torch.export alone."""
@@ -188,3 +190,63 @@ def test_known_output_shapes_are_torchs_own(monkeypatch: pytest.MonkeyPatch, nam
         monkeypatch.setitem(output_shapes.OUTPUT_SHAPES, function, held(function, rule))
     dc.capture(build(name).eval(), example_input(name))
     assert seen > 20
+
+
+def layouts(*shape: int) -> list[Tensor]:
+    """Tensors without values, of one shape: in order, in another order, with gaps, with repeats."""
+    dims = [shape[0], *shape[2:], shape[1]]
+    wide = [n + 1 for n in shape]
+    return [
+        torch.empty(shape, device="meta"),
+        torch.empty(dims, device="meta").movedim(-1, 1),
+        torch.empty(wide, device="meta")[tuple(slice(n) for n in shape)],
+        torch.empty(1, *shape[1:], device="meta").expand(shape),
+    ]
+
+
+def operator_calls() -> list[tuple[Any, tuple[Any, ...]]]:
+    """Calls of the operators with rules that depend on shapes, dtypes and the order in memory."""
+    images, ids = layouts(2, 6, 8, 8), torch.empty(2, 5, dtype=torch.int64, device="meta")
+    others = [*images, *layouts(2, 6, 1, 1), torch.empty(6, 1, 1, device="meta"), torch.empty(8, 8, device="meta")]
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    for x in images:
+        calls += [(op, (x, y)) for y in [*others, 2, 0.5] for op in (aten.add.Tensor, aten.div.Tensor)]
+        calls += [(aten.mul.Tensor, (y, x)) for y in others] + [(aten.lt.Tensor, (x, y)) for y in others]
+        calls += [(aten.cat.default, ([x, y], at)) for y in images for at in (0, 1, -1)]
+        calls += [(aten.mean.dim, (x, d, k)) for d in ([1], [-1, -2], [0, 3]) for k in (True, False)]
+        calls += [
+            (aten.max_pool2d.default, (x, *rest))
+            for rest in (([2],), ([3, 2], [2, 1], [1, 0]), ([3], [2], [1], [1], True))
+        ]
+        calls += [(aten.avg_pool2d.default, (x, [2])), (aten.avg_pool2d.default, (x, [3, 2], [1, 2], [1, 1]))]
+        calls += [(aten.adaptive_avg_pool2d.default, (x, [1, 1])), (aten.adaptive_avg_pool2d.default, (x, [3, 2]))]
+        calls += [(aten.pow.Tensor_Scalar, (x, 2)), (aten.rsqrt.default, (x,)), (aten.contiguous.default, (x,))]
+        calls += [(aten.scaled_dot_product_attention.default, (x, y, y)) for y in [*images, *layouts(2, 6, 3, 8)]]
+        calls += [(aten.linear.default, (x, torch.empty(4, 8, device="meta")))]
+        calls += [(aten.add_.Tensor, (torch.empty_like(x), y)) for y in others[:4]]
+    calls += [(aten.linear.default, (torch.empty(3, 5, 8, device="meta")[:, 0], torch.empty(4, 8, device="meta")))]
+    calls += [(op, (ids, 2)) for op in (aten.add.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.eq.Scalar)]
+    calls += [(op, (ids, 0.5)) for op in (aten.add.Tensor, aten.mul.Tensor, aten.eq.Scalar)]
+    calls += [
+        (aten.add.Tensor, (ids, images[0][0, 0, 0, :5])),
+        (aten.mul.Tensor, (ids > 0, 2)),
+        (aten.arange.default, (7,)),
+    ]
+    calls += [
+        (aten.__and__.Tensor, (ids > 0, ids[0] > 0)),
+        (aten.embedding.default, (torch.empty(9, 4, device="meta"), ids)),
+    ]
+    return calls
+
+
+def test_output_shapes_in_every_layout() -> None:
+    answered = set()
+    for function, args in operator_calls():
+        mine = output_shapes.OUTPUT_SHAPES[function](*args)
+        if mine is None:
+            continue
+        wanted = function(*args)
+        answered.add(function)
+        strides = [[s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1] for t in (mine, wanted)]
+        assert (mine.shape, mine.dtype, strides[0]) == (wanted.shape, wanted.dtype, strides[1]), (function, args)
+    assert answered == {function for function, _ in operator_calls()}
