@@ -13,9 +13,9 @@ from torch.utils.data import TensorDataset
 
 from dyncompress.compress.convert import convert
 from dyncompress.compress.evaluate import collect_logits
-from dyncompress.compress.exit_losses import ExitLoss, FrozenTeacher, Hints, Ramped, Weighted
+from dyncompress.compress.exit_losses import ExitLoss, FrozenTeacher, Hints, Ramped, Teachers, Weighted
 from dyncompress.compress.exit_recipes import RECIPES, check_recipe, train_exits
-from dyncompress.compress.hints import Hinted
+from dyncompress.compress.hints import Hinted, Taught
 from dyncompress.compress.trainer import fit
 from dyncompress.errors import RequestError
 from dyncompress.passes.capture import capture
@@ -100,6 +100,24 @@ def test_hints() -> None:
     assert loss.item() == pytest.approx(wanted / BATCH)
     loss.backward()
     assert features[-1].grad is None and features[0].grad is not None
+
+
+def test_teachers() -> None:
+    logits, labels = draw()
+    teachers = [(2 * torch.randn(BATCH, CLASSES, dtype=torch.float64)).requires_grad_() for _ in range(EXITS - 1)]
+    share, t, wanted = 0.3, 2.0, 0.0
+    for i in range(BATCH):
+        wanted += ce(logits[-1][i], int(labels[i]))
+        for z, q in zip(logits, teachers, strict=False):
+            wanted += (1 - share) * ce(z[i], int(labels[i])) + ce(q[i], int(labels[i]))
+            wanted += share * t**2 * kl(softmax(q[i], t), softmax(z[i], t))
+    loss = Teachers(share, t)((logits, teachers), labels)
+    assert loss.item() == pytest.approx(wanted / BATCH)
+    loss.backward()
+    for i, (q, label) in enumerate(zip(teachers[0], labels, strict=True)):  # it learns from labels, not from the exit
+        one_hot = F.one_hot(label.clamp(min=0), CLASSES)
+        slope = (q.softmax(-1) - one_hot) / BATCH if label >= 0 else torch.zeros(CLASSES, dtype=torch.float64)
+        torch.testing.assert_close(teachers[0].grad[i], slope.detach())
 
 
 LOSSES: list[ExitLoss] = [Weighted([1.0] * EXITS), Ramped([0.5] * 3, 1), FrozenTeacher()]
@@ -248,8 +266,26 @@ def test_hinted_features() -> None:
         assert torch.equal(ours, theirs)
     torch.testing.assert_close(dynamic.trunk.fc(features[-1]), logits[-1])
     torch.testing.assert_close(dynamic.trunk.exits.get_submodule("0")(_before(dynamic, x)), logits[0])
-    torch.testing.assert_close(features[0], hinted.adapters[0](_before(dynamic, x)))
-    assert not any("adapters" in name for name in dynamic.state_dict())
+    torch.testing.assert_close(features[0], hinted.extra[0](_before(dynamic, x)))
+    assert not any("extra" in name for name in dynamic.state_dict())
+
+
+def test_a_teacher_attends_to_the_exits_behind() -> None:
+    dynamic = inserted(Net().eval())
+    taught, x = Taught(dynamic.trunk), torch.randn(5, 8)
+    _, teachers = taught(x)
+    _, means = taught.features(x)
+    up, query, classify = taught.extra
+    for b in range(5):
+        for k in range(2):
+            q = query[k](means[k][b])
+            later = [up[j - 1](means[j][b]) for j in range(k + 1, 3)]
+            weights = [math.exp((q @ v).item() / 24**0.5) for v in later]
+            mixed = sum(w / sum(weights) * v for w, v in zip(weights, later, strict=True))
+            torch.testing.assert_close(teachers[k][b], classify[k](mixed))
+    sum(z.sum() for z in teachers).backward()
+    assert all(p.grad is None for p in dynamic.parameters())
+    assert all(p.grad is not None for p in taught.extra.parameters())
 
 
 def _before(dynamic: DynamicModel, x: Tensor) -> Tensor:
@@ -265,7 +301,7 @@ def _before(dynamic: DynamicModel, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("recipe", "frozen", "head", "message"),
     [
-        ("sum", True, "auto", "recipe='sum': use one of distill, distill-all, sum"),
+        ("mean", True, "auto", "recipe='mean': use one of distill, distill-all, sum"),
         ("balanced", True, "auto", "which is frozen: unfreeze it"),
         ("ztw", True, "auto", 'give head="cascade"'),
     ],

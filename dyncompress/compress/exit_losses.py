@@ -4,9 +4,11 @@ With exits 0..K, logits z_k, p_k = softmax(z_k), label y, averaged over the batc
 
     weighted         sum_k w_k CE(y, p_k)                                            (BranchyNet, Shallow-Deep Networks)
     frozen teacher   sum_{k<K} KL(p_k || p_K)                                                                 (FastBERT)
+    teachers         CE(y, p_K) + sum_{k<K} [(1-l) CE(y, p_k) + l T^2 KL(q_k^T || p_k^T) + CE(y, q_k)]
     hints            CE(y, p_K) + sum_{k<K} [(1-l) CE(y, p_k) + l T^2 KL(p_K^T || p_k^T)] + c ||F_K - F_k||^2     (BYOT)
 
-with p^T = softmax(z / T) and features F. The teachers p_K and F_K are detached. A sample labelled -1 takes part in what
+with p^T = softmax(z / T), features F and answers q_k of teachers that are removed. In a KL p_K and q_k, and F_K, are
+detached. A sample labelled -1 takes part in what
 needs no label. Logits at every position, (B, T, classes), are rows of their own; those labelled -100 count for nothing.
 """
 
@@ -146,9 +148,38 @@ class Hints(ExitLoss):
 
     def of_rows(self, logits: list[Tensor], labels: Tensor) -> Tensor:
         *early, last = cross_entropies(logits, labels)
-        log_t = F.log_softmax(logits[-1].detach() / self.temperature, -1)
         total = last
         for ce, z in zip(early, logits, strict=False):
-            kl = (log_t.exp() * (log_t - F.log_softmax(z / self.temperature, -1))).sum(-1)
-            total = total + (1 - self.share) * ce + self.share * self.temperature**2 * kl
+            kl = softened_kl(logits[-1], z, self.temperature)
+            total = total + (1 - self.share) * ce + self.share * kl
         return total.mean()
+
+
+class Teachers(ExitLoss):
+    """Every early exit has a teacher of its own, which learns from the labels alongside (see `hints.Taught`).
+
+    Its input is (logits of every exit, logits of a teacher per early exit), for answers per sample.
+    """
+
+    def __init__(self, share: float = 0.5, temperature: float = 3.0) -> None:
+        self.share, self.temperature = share, temperature
+        self.name = f"labels and teachers at {temperature:g} by {share:g}"
+
+    def __call__(self, output: Any, labels: Tensor) -> Tensor:
+        logits, teachers = output
+        return super().__call__([*logits, *teachers], labels)
+
+    def of_rows(self, logits: list[Tensor], labels: Tensor) -> Tensor:
+        exits = len(logits) // 2
+        ce = cross_entropies(logits, labels)
+        total = ce[exits]
+        for k, teacher in enumerate(logits[exits + 1 :]):
+            kl = softened_kl(teacher, logits[k], self.temperature)
+            total = total + (1 - self.share) * ce[k] + self.share * kl + ce[exits + 1 + k]
+        return total.mean()
+
+
+def softened_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of every row, the teacher detached: (N,)."""
+    log_t = F.log_softmax(teacher.detach() / temperature, -1)
+    return temperature**2 * (log_t.exp() * (log_t - F.log_softmax(student / temperature, -1))).sum(-1)

@@ -6,6 +6,7 @@
     weighted        BranchyNet 2016: cross-entropy, weights falling from 1.0 at the first exit to 0.3 at the last
     ramped          Shallow-Deep Networks 2019: weights that grow during training to .15 ... .9
     hints           BYOT 2019, SCAN 2019: labels, the last exit's answers, and its features
+    teachers        labels, and a teacher per exit that attends to the later exits' features and is then removed
     two-stage       DeeBERT 2020: the model alone, then frozen under the exits' cross-entropy
     frozen-teacher  FastBERT 2020: the model alone, then frozen, and the exits learn its answers, without labels
     balanced        gradient equilibrium (Li et al. 2019): the trunk's gradients divided by the number of exits behind
@@ -32,8 +33,8 @@ from ..passes.insertion import all_logits, exit_modules, needed_for
 from ..runtime.dynamic import DynamicModel
 from .batches import LabelledData, size_of
 from .distill import SelfDistillation
-from .exit_losses import ExitLoss, FrozenTeacher, Hints, Ramped, Weighted
-from .hints import Hinted
+from .exit_losses import ExitLoss, FrozenTeacher, Hints, Ramped, Teachers, Weighted
+from .hints import Hinted, Tapped, Taught
 from .trainer import Epoch, Optimizer, fit
 
 _BRANCHY = (1.0, 0.3)  # weights of the first and of the last exit
@@ -42,11 +43,15 @@ _RAMP = (0.15, 0.9)  # where the weights of the first and of the last early exit
 
 @dataclass(frozen=True)
 class Phase:
-    """One training run. loss: from the number of early exits and of steps. moves: which parameters learn."""
+    """One training run.
+
+    loss: made from the numbers of early exits and of steps. moves: what learns. taps: what the loss reads, if not logits.
+    """
 
     loss: Callable[[int, int], ExitLoss]
     moves: Literal["all", "trunk", "heads", "answers", "ensembles"] = "all"
     balanced: bool = False
+    taps: type[Tapped] | None = None
 
 
 def _even(first: float, last: float, count: int) -> list[float]:
@@ -65,7 +70,8 @@ RECIPES: dict[str, tuple[Phase, ...]] = {
     "sum": (Phase(_sum),),
     "weighted": (Phase(lambda exits, steps: Weighted(_even(*_BRANCHY, exits + 1))),),
     "ramped": (Phase(lambda exits, steps: Ramped(_even(*_RAMP, exits), steps)),),
-    "hints": (Phase(lambda exits, steps: Hints()),),
+    "hints": (Phase(lambda exits, steps: Hints(), taps=Hinted),),
+    "teachers": (Phase(lambda exits, steps: Teachers(), taps=Taught),),
     "two-stage": (_ALONE, Phase(_sum, "heads")),
     "frozen-teacher": (_ALONE, Phase(lambda exits, steps: FrozenTeacher(), "heads")),
     "balanced": (Phase(_sum, balanced=True),),
@@ -136,9 +142,9 @@ def _train(
     if with_trunk:
         groups.append({"params": list(rest.values()), "lr": trunk_lr * lr})
     model: nn.Module = trunk
-    if isinstance(loss, Hints):
-        model = Hinted(trunk)
-        groups[0]["params"] += list(model.adapters.parameters())
+    if phase.taps is not None:
+        model = phase.taps(trunk)
+        groups[0]["params"] += list(model.extra.parameters())
     optimizer: Optimizer = partial(torch.optim.SGD, momentum=0.9) if phase.balanced else torch.optim.AdamW
     still = [p for n, p in [*heads.items(), *rest.items()] if n not in moved and not (with_trunk and n in rest)]
     fixed = [] if with_trunk else _outside(trunk, exit_modules(trunk))

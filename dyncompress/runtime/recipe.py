@@ -25,7 +25,17 @@ from ..errors import RequestError
 Importance = Literal["l1", "l2", "taylor", "hessian", "bn-scale", "geometric-median", "lamp", "activation", "random"]
 
 TrainingRecipe = Literal[
-    "distill", "distill-all", "sum", "weighted", "ramped", "hints", "two-stage", "frozen-teacher", "balanced", "ztw"
+    "distill",
+    "distill-all",
+    "sum",
+    "weighted",
+    "teachers",
+    "ramped",
+    "hints",
+    "two-stage",
+    "frozen-teacher",
+    "balanced",
+    "ztw",
 ]
 
 
