@@ -2,7 +2,7 @@
 
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 import dyncompress as dc
 from dyncompress.compress.convert import convert
+from dyncompress.compress.exit_recipes import RECIPES
 from dyncompress.compress.exit_search import choose_subset
 from dyncompress.passes.exits import InsertExits, keep_exits
+from dyncompress.passes.head_choice import HEAD_KINDS
 from dyncompress.runtime.dynamic import DynamicModel
-from dyncompress.runtime.recipe import read_recipe
+from dyncompress.runtime.recipe import Convert, read_recipe
 
 
 def mean_cost(kept: tuple[int, ...], leaves_at: np.ndarray, stage: float, heads: np.ndarray) -> float:
@@ -101,6 +103,12 @@ def test_a_models_own_exits_are_trained_from_scratch() -> None:
     assert report["final"]["accuracy"] > 0.6
     # the static model was a guess: what may be lost counts from the trained one
     assert report["dynamic"]["accuracy"] >= report["final"]["accuracy"] - 0.005 - 1e-9
+
+
+def test_the_command_line_knows_every_name() -> None:
+    hints = get_type_hints(Convert)
+    assert get_args(hints["recipe"]) and set(get_args(hints["recipe"])) == set(RECIPES)
+    assert get_args(hints["head"]) == HEAD_KINDS
 
 
 def test_the_example_recipes_can_be_read() -> None:

@@ -45,7 +45,7 @@ _RAMP = (0.15, 0.9)  # where the weights of the first and of the last early exit
 class Phase:
     """One training run.
 
-    loss: made from the numbers of early exits and of steps. moves: what learns. taps: what the loss reads, if not logits.
+    loss: made from the numbers of early exits and of steps. moves: what learns. taps: what it reads beside logits.
     """
 
     loss: Callable[[int, int], ExitLoss]
