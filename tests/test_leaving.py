@@ -23,9 +23,11 @@ from dyncompress.compress.shares import quota_shares, shares_of, thresholds_for_
 from dyncompress.errors import RequestError
 from dyncompress.passes.copying import deep_copy
 from dyncompress.runtime import deadline as deadline_module
-from dyncompress.runtime.checkpoint import load, save
+from dyncompress.runtime.checkpoint import describe, load, save
 from dyncompress.runtime.dynamic import DynamicModel
 from dyncompress.runtime.policy import RULES, ExitPolicy, OperatingPolicy
+from dyncompress.runtime.tensor_file import write_file
+from dyncompress.runtime.tensor_table import encode_tensors
 
 
 def cached(samples: int = 200, early: int = 3, seed: int = 0) -> Cached:
@@ -338,3 +340,13 @@ def test_wrong_deadlines() -> None:
 def test_policies_keep_their_table() -> None:
     made = DynamicModel(graph_with_exits("resnet"), table=[OperatingPolicy(1, 0.5, ExitPolicy.never(3))]).eval()
     assert made.with_policy(replace(ExitPolicy.never(3), rule="energy")).table == made.table
+
+
+def test_files_of_before_there_were_tables_load(tmp_path: Path) -> None:
+    made = DynamicModel(graph_with_exits("vit"), ExitPolicy("entropy", (0.5, None, 0.9))).eval()
+    table, tensors = encode_tensors(made.trunk)
+    document = describe(made, table, None)
+    del document["table"]
+    write_file(tmp_path / "old.safetensors", document, tensors)
+    loaded = load(tmp_path / "old.safetensors")
+    assert isinstance(loaded, DynamicModel) and loaded.policy == made.policy and loaded.table == ()
