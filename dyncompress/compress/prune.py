@@ -143,7 +143,7 @@ def _in_steps(
     whole, kept, done = {axis.name: axis.size for axis in axes}, Kept(axes), list[dict[str, float]]()
     data, left = job.context.data, 1.0
     for number, goal in enumerate(goals, 1):
-        axes = infer_axes(gm)
+        axes = axes if number == 1 else infer_axes(gm)
         cut = store.read(number)
         if cut is None:
             cut = job.choose(axes, min(1.0, goal / left), whole)
