@@ -8,7 +8,7 @@ A network is trained, and then, for as many epochs each, with the same batches, 
 
     dense       trained on
     channels    sparsified to half its multiply-adds by group lasso over all axes
-    layers      sparsified to three quarters by group lasso over residual branches
+    layers      sparsified to four fifths by group lasso over residual branches
     group norm  Torch-Pruning's GroupNormPruner, with the settings of its own benchmark (reg 5e-4, global, normaliser
                 "max") while the others sparsify, then pruned to the MACs of "channels", then trained on
 
@@ -42,7 +42,7 @@ from dyncompress.passes.kinds import BRANCH
 RESULTS = Path(__file__).with_suffix(".json")
 FIRST, SPARSE, FINE = 6, 3, 2
 LR, MORE_LR, BATCH = 0.1, 0.05, 128
-CHANNELS, LAYERS, REG = 0.5, 0.75, 5e-4
+CHANNELS, LAYERS, REG = 0.5, 0.8, 5e-4
 SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
 AMP = "bf16" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
 

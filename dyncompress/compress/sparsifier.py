@@ -2,8 +2,8 @@
 
 At a *check*, some fifty times while sparsifying, groups that are zero are held there. With a target, it is then asked
 anew which groups have to go and how strong lambda must be for each, until the target is reached; close to it, every
-step that makes a group zero is followed by a check. Without one, the strongest indices of every axis, its floor, are
-spared.
+step that makes a group zero is followed by a check. Branches are judged by what they change on samples of the data.
+Without a target, the strongest indices of every axis, its floor, are spared.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +17,14 @@ from torch import Tensor, fx
 from ..errors import RequestError
 from ..passes.axes import Axes, as_keep, infer_axes
 from ..passes.dims import Atom
+from ..passes.kinds import BRANCH
 from ..passes.shrink import shrink_axes
+from .batches import LabelledData
 from .budget import COUNTS, Left, measure
 from .group_lasso import GroupLasso
 from .groups import check_kinds
+from .importance import Context, Scores
+from .importance.activations import activation_scores
 from .kept import Kept
 from .ranking import Keep, Limits, Ranking, default_scope
 from .search import saved_by, search
@@ -31,6 +35,7 @@ from .trainer import LossFunction
 _CHECKS = 50  # while sparsifying
 _NEAR = 0.1  # share of the first model above the target
 _TINY = 1e-30
+_BRANCH_SAMPLES = 128  # on which branches are judged
 _LAMBDAS = 2  # lambda is set at every second of them: finding it may count the model ten times
 
 
@@ -74,8 +79,9 @@ class Sparsifier:
         RequestError: no groups of these kinds, a target out of reach, a norm that cannot keep its count.
     """
 
-    def __init__(self, gm: fx.GraphModule, request: Request, loss_fn: LossFunction) -> None:
+    def __init__(self, gm: fx.GraphModule, request: Request, loss_fn: LossFunction, data: LabelledData) -> None:
         self.asked, self._loss_fn = request, loss_fn
+        self._samples = Context(data=data, samples=_BRANCH_SAMPLES)
         self.request: Mapping[str, Any] = asdict(request) | {
             "kinds": list(request.kinds),
             "limits": str(request.limits),
@@ -241,12 +247,18 @@ class Sparsifier:
     def _doomed(self, target: float) -> Tensor:
         """(groups,) bool: what pruning would remove now."""
         norms = self.lasso.norms().cpu()
-        scores = {name: norms[at] for name, at in self.lasso.groups.of_axis.items()}
+        scores = {name: norms[at] for name, at in self.lasso.groups.of_axis.items()} | self._changes()
         scope = default_scope(self.asked.metric, self.asked.limits.depth)
         cost = saved_by(self._axes, self._measured)
         ranking = Ranking(self._axes, scores, self.asked.limits, cost, scope=scope, whole=self._sizes)
         goes = search(ranking, self._measured, self.asked.metric, target / self._share)
         return doomed(self._axes, self.lasso, ranking.keep(goes))
+
+    def _changes(self) -> Scores:
+        """How much each branch changes on data: norms in front of a norm layer say nothing of it."""
+        branches = [axis for axis in self._axes if axis.kind == BRANCH and axis.name in self.lasso.groups.of_axis]
+        scores = activation_scores(self.model, branches, self._samples) if branches else {}
+        return {name: reduce(score.to(self.lasso.sizes.device), "mean").cpu() for name, score in scores.items()}
 
     def _from_ratio(self, ratio: float) -> float:
         assert self._first_loss is not None

@@ -93,7 +93,7 @@ def sparsify(
     )  # fmt: skip
     whole = isinstance(model, fx.GraphModule) and "inputs" in model.meta
     gm: Any = deep_copy(model) if whole else capture(model, examples_of(data))
-    work = Sparsifier(gm, request, loss_fn)
+    work = Sparsifier(gm, request, loss_fn, data)
     options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "optimizer": optimizer}
     options |= {"mixed_precision": mixed_precision, "device": device, "run_dir": run_dir, "resume": resume}
     fit(gm, work.loss, data, epochs=epochs + finetune, surgeon=work, progress=progress, **options)
