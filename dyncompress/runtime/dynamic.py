@@ -1,49 +1,25 @@
 """The dynamic model: a graph with exits that answers each sample at the first exit that is sure of it."""
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from math import inf
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import RequestError
+from ..passes.capture import Inputs, split_inputs
 from ..passes.cost import count_macs
-from ..passes.modes import evaluating
-from ..passes.stages import Stage, split_stages, without_exits
+from .arrivals import as_asked_for, as_they_come
 from .deadline import Deadline
 from .inputs import batch_size, flat_inputs
 from .policy import ExitPolicy, OperatingPolicy, State, within_budget
+from .pool import Pools, run_stream
+from .running import Pieces, Prediction
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """Per sample, in input order: logits (N, C) and the exit that gave them, (N,) int64 (the end is exit K).
-
-    `exit_macs[k]` is what a sample that left at exit k cost.
-    """
-
-    logits: Tensor
-    exit_index: Tensor
-    exit_macs: tuple[int, ...]
-
-    @property
-    def macs(self) -> Tensor:
-        """MACs spent per sample, (N,) int64."""
-        return torch.tensor(self.exit_macs, device=self.exit_index.device)[self.exit_index]
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """What is derived from one trunk graph; it holds no tensors of its own."""
-
-    graph: fx.Graph
-    static: fx.GraphModule
-    stages: list[Stage]
-    costs: dict[tuple[bool, ...], tuple[int, ...]]  # MACs of leaving at each exit, by which exits are on
+_BUILDING = Lock()
 
 
 class DynamicModel(nn.Module):
@@ -67,7 +43,7 @@ class DynamicModel(nn.Module):
         super().__init__()
         self.trunk = gm
         self.training = gm.training
-        self._cached: _Pieces | None = None
+        self._cached: Pieces | None = None
         self._pieces()
         self.policy = policy or ExitPolicy.never(len(self.exits))
         self.table = tuple(table)
@@ -109,7 +85,7 @@ class DynamicModel(nn.Module):
     def with_policy(self, policy: ExitPolicy) -> "DynamicModel":
         """The same model, sharing the trunk, under another policy."""
         other = copy.copy(self)
-        other._cached = self._cached
+        other._cached = self._pieces()
         other.policy = policy
         return other
 
@@ -140,14 +116,7 @@ class DynamicModel(nn.Module):
     @property
     def exit_macs(self) -> list[int]:
         """MACs per sample that leaves at each exit (the last entry: the end), every head on the way included."""
-        return list(self._exit_macs((True,) * len(self.exits)))
-
-    def _exit_macs(self, on: tuple[bool, ...]) -> tuple[int, ...]:
-        pieces = self._pieces()
-        if on not in pieces.costs:
-            each = [s.macs + computed * s.head_macs for s, computed in zip(pieces.stages, [*on, False], strict=True)]
-            pieces.costs[on] = tuple(accumulate(each))
-        return pieces.costs[on]
+        return list(self._pieces().exit_macs((True,) * len(self.exits)))
 
     # --- running it ----------------------------------------------------------------------------------------------
 
@@ -163,7 +132,7 @@ class DynamicModel(nn.Module):
         flat = flat_inputs(self.trunk, args, kwargs)
         if batch_size(self.trunk, flat) == 0:
             return tuple(self._no_logits() for _ in range(len(self.exits) + 1))
-        with self._evaluating():
+        with self._pieces().evaluating:
             return self.trunk(*args, **kwargs)
 
     @torch.no_grad()
@@ -185,69 +154,97 @@ class DynamicModel(nn.Module):
         flat = flat_inputs(self.trunk, args, kwargs)
         policy = self.policy if budget is None else within_budget(self.table, budget)
         deadline = None if deadline_ms is None else Deadline(deadline_ms, next(self.trunk.parameters()).device)
-        on = tuple(deadline is not None or policy.is_on(k) for k in range(len(policy.thresholds)))
-        macs = self._exit_macs(on)
+        pieces = self._pieces()
+        on = tuple([t is not None or deadline is not None for t in policy.thresholds])
+        macs = pieces.exit_macs(on)
         if batch_size(self.trunk, flat) == 0:
             logits = self._no_logits()
             return Prediction(logits, torch.zeros(0, dtype=torch.int64, device=logits.device), macs)
-        with self._evaluating():
+        with pieces.evaluating:
             if any(on):
-                return Prediction(*self._run_stages(flat, policy, deadline), macs)
-            logits = self._pieces().static(*args, **kwargs)
+                return Prediction(*self._run_stages(flat, on, policy, deadline), macs)
+            logits = pieces.static(*args, **kwargs)
         return Prediction(logits, torch.full((len(logits),), len(on), device=logits.device), macs)
 
-    def _run_stages(self, values: list[Any], policy: ExitPolicy, deadline: Deadline | None) -> tuple[Tensor, Tensor]:
+    def predict_stream(
+        self, batches: Iterable[Inputs], *, max_batch: int = 64, max_wait_ms: float | None = None
+    ) -> Iterator[Prediction]:
+        """What `predict` answers to each batch, in order; the stages behind an exit run on samples of many batches.
+
+        Args:
+            batches: of any sizes, each what one call takes: a tensor, a tuple of positional inputs, a dict of keywords.
+            max_batch: how many samples a stage waits for, and runs at once.
+            max_wait_ms: how long after its arrival a sample may wait for others. `batches` are then read in a thread of
+                their own, up to `max_batch` of them ahead. None: until the stages are full, or the stream ends.
+
+        Raises:
+            RequestError: wrong options; while answers are read, inputs that do not fit the model, after the answers to
+                what came before.
+        """
+        if max_batch < 1:
+            raise RequestError(f"max_batch is {max_batch}: give at least 1")
+        if max_wait_ms is not None and not max_wait_ms >= 0:
+            raise RequestError(f"max_wait_ms is {max_wait_ms}: give milliseconds, 0 or more")
+        per_sample = [0 in spec.get("dynamic", ()) for spec in self.trunk.meta["inputs"]]
+        seconds = inf if max_wait_ms is None else max_wait_ms / 1000
+        pools = Pools(self._pieces(), self.policy, per_sample, self._no_logits(), max_batch, seconds)
+        arrivals = as_asked_for(batches) if max_wait_ms is None else as_they_come(batches, pools.wait, max_batch)
+
+        def check(batch: Inputs) -> tuple[list[Any], int]:
+            args, kwargs = split_inputs(batch)
+            flat = flat_inputs(self.trunk, args, kwargs)
+            return flat, batch_size(self.trunk, flat)
+
+        return run_stream(pools, arrivals, check)
+
+    def _run_stages(
+        self, values: Sequence[Any], on: tuple[bool, ...], policy: ExitPolicy, deadline: Deadline | None
+    ) -> tuple[Tensor, Tensor]:
         """Logits (N, C) and exit index (N,); `rows` are the undecided samples' places in the batch, None: all."""
+        pieces, k, done_macs = self._pieces(), 0, 0
         logits = exit_index = torch.empty(0)
         rows: Tensor | None = None
         state: State = ()
-        done_macs = 0
-        for k, stage in enumerate(self._pieces().stages):
+        while True:
             if deadline is not None and k > 0:
-                left = len(logits) if rows is None else len(rows)
-                if not deadline.allows(done_macs, left * (stage.macs + stage.head_macs)):
+                next_macs = pieces.stages[k].macs + pieces.stages[k].head_macs
+                if not deadline.allows(done_macs, next_macs * (len(logits) if rows is None else len(rows))):
                     break
-            values = list(stage.body(*values))
-            z = values[stage.outputs.index(stage.at)]
-            if stage.head is not None:
-                if deadline is None and not policy.is_on(k):
-                    continue
-                z = stage.head(z)
+            k, z, values = pieces.run_to_exit(k, values, on)
+            stage = pieces.stages[k]
             done_macs += len(z) * (stage.macs + stage.head_macs)
             if rows is None:
                 logits, exit_index = z, torch.full((len(z),), k, device=z.device)
             else:  # those who stay are overwritten later
                 logits.index_copy_(0, rows, z.to(logits.dtype))
                 exit_index.index_fill_(0, rows, k)
-            if stage.head is None:
+            if k == len(on):
                 break
             leaves, state = policy.decide(k, z, state)
             stay = torch.nonzero(~leaves).flatten()
             if len(stay) == 0:
                 break
-            if len(stay) == len(z):
-                continue
-            rows = stay if rows is None else rows.index_select(0, stay)
-            state = tuple(remembered.index_select(0, stay) for remembered in state)
-            values = [
-                value.index_select(0, stay) if compact else value
-                for value, compact in zip(values, stage.per_sample, strict=True)
-            ]
+            if len(stay) < len(z):
+                rows = stay if rows is None else rows.index_select(0, stay)
+                state = tuple(remembered.index_select(0, stay) for remembered in state)
+                values = [
+                    value.index_select(0, stay) if own else value
+                    for value, own in zip(values, stage.per_sample, strict=True)
+                ]
+            k += 1
         return logits, exit_index
-
-    def _evaluating(self) -> AbstractContextManager[None]:
-        """Evaluation mode for a while; a model that is in it already is not walked through."""
-        return evaluating(self.trunk) if self.training or self.trunk.training else nullcontext()
 
     def _no_logits(self) -> Tensor:
         return next(self.trunk.parameters()).new_empty((0, *self._answer.shape[1:]), requires_grad=False)
 
     # --- what is derived from the trunk --------------------------------------------------------------------------
 
-    def _pieces(self) -> _Pieces:
+    def _pieces(self) -> Pieces:
         """Derived once per trunk graph; not part of copies and pickles, which derive their own."""
         if self._cached is None or self._cached.graph is not self.trunk.graph:
-            self._cached = _Pieces(self.trunk.graph, without_exits(self.trunk), split_stages(self.trunk), {})
+            with _BUILDING:  # threads that come first share one
+                if self._cached is None or self._cached.graph is not self.trunk.graph:
+                    self._cached = Pieces(self.trunk)
         return self._cached
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""What a dynamic model runs, derived from its trunk's graph, and what it answers."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..passes.modes import evaluating
+from ..passes.stages import Stage, split_stages, without_exits
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Per sample, in input order: logits (N, C) and the exit that gave them, (N,) int64 (the end is exit K).
+
+    `exit_macs[k]` is what a sample that left at exit k cost.
+    """
+
+    logits: Tensor
+    exit_index: Tensor
+    exit_macs: tuple[int, ...]
+
+    @property
+    def macs(self) -> Tensor:
+        """MACs spent per sample, (N,) int64."""
+        return torch.tensor(self.exit_macs, device=self.exit_index.device)[self.exit_index]
+
+
+class Pieces:
+    """One trunk graph as a static model and as stages; it holds no tensors of its own, and threads may share it.
+
+    static: the model without its exits. stages: one per exit and the last.
+    """
+
+    def __init__(self, trunk: fx.GraphModule) -> None:
+        self.graph = trunk.graph
+        self.static = without_exits(trunk)
+        self.stages: list[Stage] = split_stages(trunk)
+        self.evaluating = _Modes(trunk)
+        self._macs: dict[tuple[bool, ...], tuple[int, ...]] = {}
+
+    def exit_macs(self, on: tuple[bool, ...]) -> tuple[int, ...]:
+        """MACs per sample that leaves at each exit, the end last, when the heads of those that are `on` run."""
+        if on not in self._macs:
+            each = [s.macs + computed * s.head_macs for s, computed in zip(self.stages, [*on, False], strict=True)]
+            self._macs[on] = tuple(accumulate(each))
+        return self._macs[on]
+
+    def run_to_exit(self, k: int, values: Sequence[Any], on: tuple[bool, ...]) -> tuple[int, Tensor, Sequence[Any]]:
+        """Runs stage `k` and those behind it through the first exit that is on, or to the end.
+
+        Returns the exit's number, its logits (M, C) and the `outputs` of its stage.
+        """
+        while True:
+            stage = self.stages[k]
+            values = stage.body(*values)
+            if stage.head is None or on[k]:
+                z = values[stage.outputs.index(stage.at)]
+                return k, z if stage.head is None else stage.head(z), values
+            k += 1
+
+
+class _Modes:
+    """Evaluation mode for a while: the first thread in sets it, the last one out restores every module's own mode."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        self._trunk = trunk
+        self._lock = Lock()
+        self._inside = 0
+        self._restored: AbstractContextManager[None] = nullcontext()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0 and self._trunk.training:  # a model that evaluates already is not walked through
+                self._restored = evaluating(self._trunk)
+                self._restored.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                restored, self._restored = self._restored, nullcontext()
+                restored.__exit__(None, None, None)
