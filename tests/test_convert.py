@@ -1,6 +1,5 @@
 """convert end to end on small models: accuracy kept, MACs saved, and what every option promises."""
 
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,19 +190,6 @@ def test_an_interrupted_conversion_resumes_exactly(tmp_path: Path) -> None:
         assert torch.equal(a, b)
     assert resumed.policy == whole.policy
     assert [e["loss"] for e in info(resumed)["history"]] == [e["loss"] for e in info(whole)["history"]]
-
-
-def test_without_data_every_exit_is_off() -> None:
-    static, x = trained(), digits().test[:5][0]  # type: ignore[index]
-    with pytest.warns(UserWarning, match="without data"):
-        model = convert(static, x, exits=2)
-    out = model.predict(x)
-    assert out.exit_index.tolist() == [2] * 5
-    torch.testing.assert_close(out.logits, static(x))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        again = convert(static, x, exits=2)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 def test_one_plain_data_set_is_divided_and_may_hold_unlabelled_samples() -> None:

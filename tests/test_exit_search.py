@@ -75,11 +75,6 @@ def test_convert_searches() -> None:
     assert accuracy >= info(model)["static"]["accuracy"] - 0.01 - 1e-9 and macs < 0.7 * model.static_macs
 
 
-def test_a_search_needs_data() -> None:
-    with pytest.raises(dc.RequestError, match="chooses among trained exits: give data"):
-        convert(trained(), torch.randn(2, 1, 8, 8), exits="search")
-
-
 class TwoAnswers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         from . import commands  # noqa: F401 - registers the commands
 
-        app(list(argv), exit_on_error=False, print_error=False, result_action="return_value")
+        with _one_line_warnings():
+            app(list(argv), exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, RequestError) as error:
         return _complain(2, str(error))
     except (DynCompressError, OSError) as error:
@@ -47,6 +49,17 @@ def run(argv: Sequence[str]) -> int:
         reason = (str(error).splitlines() or [""])[0]
         return _complain(1, f"{type(error).__name__}: {reason} (set {_TRACEBACK}=1 to see where)")
     return 0
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings without the line of code that made them."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _complain(status: int, message: str) -> int:

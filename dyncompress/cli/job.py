@@ -101,6 +101,7 @@ def _take_steps(
                 step,
                 current,
                 subject.data,
+                example_inputs=subject.example_inputs,
                 seed=recipe.seed,
                 device=subject.device,
                 work=work,

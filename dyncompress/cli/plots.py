@@ -11,6 +11,7 @@ _SIZE = (6.4, 4.0)  # inches
 _DPI = 150
 _ROW, _TALLEST = 0.16, 30.0  # inches, of one axis and of a picture
 _COLUMNS = 512
+_TILE, _GAP, _ACROSS, _DOWN = 64, 4, 10, 20  # pixels of a synthesised input and around it; how many
 
 
 def _figure(size: tuple[float, float] = _SIZE) -> tuple[Any, Any]:
@@ -96,6 +97,29 @@ def plot_reliability(path: Path, exits: Sequence[Mapping[str, Any]]) -> None:
         axes.grid(alpha=0.3)
     figure.get_axes()[0].set_ylabel("accuracy on the calibration split")
     figure.savefig(path)
+
+
+def plot_impressions(path: Path, inputs: Any, classes: Any) -> None:
+    """Writes synthesised inputs as PNG, a row per class: up to 10 of each of the first 20 classes.
+
+    inputs: (N, C, H, W) images, (N, H, W) maps or (N, F) rows, as an array; classes: (N,).
+    """
+    from matplotlib.image import imsave
+
+    maps = inputs.reshape(len(inputs), 1, -1) if inputs.ndim == 2 else inputs
+    if maps.ndim == 4:
+        maps = maps.transpose(0, 2, 3, 1) if maps.shape[1] == 3 else maps.mean(1)
+    low, high = np.quantile(maps, [0.01, 0.99])
+    colours = np.clip((maps - low) / (high - low), 0, 1).reshape(*maps.shape[:3], -1) * np.ones(3)
+    zoom = -(-_TILE // max(maps.shape[1:3]))
+    tiles = colours.repeat(zoom, 1).repeat(zoom, 2)
+    height, width = tiles.shape[1] + _GAP, tiles.shape[2] + _GAP
+    rows = [np.flatnonzero(classes == label)[:_ACROSS] for label in np.unique(classes)[:_DOWN]]
+    canvas = np.ones((height * len(rows), width * _ACROSS, 3))
+    for i, row in enumerate(rows):
+        for j, index in enumerate(row):
+            canvas[i * height : (i + 1) * height - _GAP, j * width : (j + 1) * width - _GAP] = tiles[index]
+    imsave(path, canvas)
 
 
 def plot_kept(path: Path, kept: Mapping[str, Mapping[str, Any]]) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import fx
 
+from ..compress import impression_store
 from ..compress.measure import graph_of
 from ..runtime import checkpoint
 from ..runtime.dynamic import DynamicModel
@@ -56,6 +58,9 @@ def write(
         done = result.trunk.meta["info"]["convert"]
         report["risk"] = done["risk"]
         _draw(folder, report, name, done["exits"])
+    for made in (folder / folders.STEPS).glob(f"*/{impression_store.FILE}"):
+        inputs, classes, _ = zip(*impression_store.read_impressions(made)["batches"], strict=True)
+        plots.plot_impressions(folder / "impressions.png", torch.cat(inputs).numpy(), torch.cat(classes).numpy())
     with (folder / TABLE).open("w", encoding="utf-8") as file:
         show(report, Console(file=file, width=_TABLE_WIDTH), verbose=True)
     (folder / folders.REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..compress.convert import convert
+from ..compress.data_free import check_without_data
 from ..compress.importance import NEED_DATA
 from ..compress.losses import cross_entropy
 from ..compress.prune import RECALIBRATION_BATCHES, prune
@@ -36,7 +37,8 @@ def check_request(steps: Sequence[Step], data: str | None) -> None:
 
 def _check_needs_no_data(step: Prune | Sparsify | LowRank | Unstructured | Convert) -> None:
     if isinstance(step, Convert):
-        raise RequestError("convert without data is not available yet: give labelled data, such as --data digits")
+        check_without_data(step.recipe, step.freeze_trunk, step.risk, step.shots)
+        return
     if isinstance(step, Sparsify):
         raise RequestError("sparsify learns from data: give labelled data, such as --data digits")
     option = "finetune" if step.finetune else None
@@ -65,6 +67,7 @@ def take(
     model: fx.GraphModule,
     data: Splits | None,
     *,
+    example_inputs: Any,
     seed: int,
     device: torch.device,
     work: Path,
@@ -76,10 +79,10 @@ def take(
         return _prune(step, model, data, **common)
     if isinstance(step, LowRank | Unstructured):
         return _baseline(step, model, data, **common)
-    assert data is not None
     if isinstance(step, Sparsify):
+        assert data is not None
         return sparsify(model, data.train, **{**asdict(step), "optimizer": _OPTIMIZERS[step.optimizer]}, **common)
-    return convert(model, data=data, **asdict(step), **common)
+    return convert(model, example_inputs, data=data, **asdict(step), **common)
 
 
 _OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}

@@ -23,10 +23,13 @@ from ..passes.exits import EVERY, InsertExits
 from ..runtime.dynamic import DynamicModel
 from .batches import LabelledData, device_of_model, examples_of, size_of, split_off, to_device
 from .choose import RiskKind, SearchKind, check_goal, choose_policy
+from .data_free import COST, check_without_data, splits_of_impressions
 from .evaluate import collect_logits
 from .exit_quality import measure_exits
 from .exit_recipes import check_recipe, train_exits
 from .exit_search import search_exits
+from .few_samples import few_shot_training
+from .impressions import Synthesis
 from .risk import check_samples
 from .trainer import training_device
 
@@ -53,6 +56,8 @@ def convert(
     *,
     head: str = "auto",
     data: HasSplits | LabelledData | None = None,
+    shots: int | None = None,
+    impressions: int = Synthesis.count,
     recipe: str = "distill",
     epochs: int = 4,
     lr: float = 1e-2,
@@ -88,8 +93,10 @@ def convert(
             themselves at the goal (`exit_search`).
         head: a name in `head_choice.HEAD_KINDS`. recipe: one in `exit_recipes.RECIPES`.
         data: an object with `train` and `calibration` sets, or one map-style Dataset of (inputs, int label) from which
-            15 % is set aside for calibration; label -1 = unlabelled, for training only. None = the exits stay
-            untrained and off.
+            15 % is set aside for calibration; label -1 = unlabelled, for training only. None = the exits are distilled
+            and calibrated on inputs that are synthesised out of the model (`data_free`), which guarantees nothing.
+        shots: train on this many labelled samples per class, drawn by the seed, instead of all (`few_samples`).
+        impressions: without data, how many inputs are synthesised.
         lr: peak learning rate of the heads.
         freeze_trunk: train the heads only, three times as fast; the final exit stays exactly the static model. Else the
             trained layers learn too, at the peak rate lr * trunk_lr; the final exit may then lose accuracy.
@@ -116,6 +123,8 @@ def convert(
     }
     check_goal(**leaving)
     check_recipe(recipe, freeze_trunk, head)
+    if data is None:
+        check_without_data(recipe, freeze_trunk, risk, shots)
     if trunk_lr <= 0:
         raise RequestError(f"trunk_lr is {trunk_lr}: give a positive share of lr, or freeze the trunk")
     splits = _divided(data, seed) if data is not None else None
@@ -127,18 +136,23 @@ def convert(
             raise RequestError("give example_inputs, or data to take them from")
         example_inputs = to_device(examples_of(splits[0]), device_of_model(model))
     places = _places(exits)
-    if places == SEARCH and splits is None:
-        raise RequestError(f'exits="{SEARCH}" chooses among trained exits: give data')
-    dynamic = DynamicModel(_with_exits(model, example_inputs, EVERY if places == SEARCH else places, head, seed)).eval()
-    if splits is None:
-        warnings.warn(
-            "convert without data: the exits are untrained, so all of them are off and every sample runs to the end; "
-            "give data=... to train them",
-            stacklevel=2,
-        )
-        return dynamic
-    train, calibration = splits
+    captured = capture(model, example_inputs)
     device = torch.device(device) if device is not None else training_device()
+    run: dict[str, Any] = {
+        "seed": seed,
+        "mixed_precision": mixed_precision,
+        "device": device,
+        "run_dir": run_dir,
+        "resume": resume,
+        "progress": progress,
+    }
+    if splits is None:
+        warnings.warn(COST, stacklevel=2)
+        splits = splits_of_impressions(captured, example_inputs, impressions, **run)
+    dynamic = DynamicModel(_with_exits(captured, EVERY if places == SEARCH else places, head, seed)).eval()
+    train, calibration = splits
+    if shots is not None:
+        train = few_shot_training(train, shots, dynamic, recipe, seed)
     needs_static = not freeze_trunk and not dynamic.per_position
     static_logits = collect_logits(dynamic, calibration, device=device)[0][-1] if needs_static else None
     history = train_exits(
@@ -149,12 +163,7 @@ def convert(
         lr=lr,
         trunk_lr=0.0 if freeze_trunk else trunk_lr,
         batch_size=batch_size,
-        seed=seed,
-        mixed_precision=mixed_precision,
-        device=device,
-        run_dir=run_dir,
-        resume=resume,
-        progress=progress,
+        **run,
     )
     if dynamic.per_position:
         warnings.warn("the model answers at every position: its exits are trained and measured, but off", stacklevel=2)
@@ -200,13 +209,11 @@ def _places(exits: int | str | Sequence[str]) -> int | str | tuple[str, ...]:
     return exits if isinstance(exits, int | str) else tuple(exits)
 
 
-def _with_exits(
-    model: nn.Module, example: Inputs, places: int | str | tuple[str, ...], head: str, seed: int
-) -> fx.GraphModule:
+def _with_exits(gm: fx.GraphModule, places: int | str | tuple[str, ...], head: str, seed: int) -> fx.GraphModule:
     """The captured model with exits, whose weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return InsertExits(places, head)(capture(model, example)).gm
+        return InsertExits(places, head)(gm).gm
 
 
 def _note(dynamic: DynamicModel, report: dict[str, Any]) -> None:

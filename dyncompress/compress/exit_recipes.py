@@ -78,6 +78,8 @@ RECIPES: dict[str, tuple[Phase, ...]] = {
     "ztw": (Phase(_sum, "answers"), Phase(_sum, "ensembles")),
 }
 
+WITHOUT_LABELS = ("distill", "distill-all", "hints", "frozen-teacher")  # learn from samples labelled -1
+
 
 def check_recipe(recipe: str, freeze_trunk: bool, head: str) -> None:
     """Raises RequestError for a recipe that does not exist, or not with such a trunk or such heads."""

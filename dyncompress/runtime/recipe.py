@@ -165,7 +165,7 @@ class Unstructured:
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Adds early exits, trains them and chooses their thresholds. Needs data."""
+    """Adds early exits, trains them and chooses their thresholds; without data on inputs made out of the model."""
 
     name: ClassVar[str] = "convert"
 
@@ -175,6 +175,10 @@ class Convert:
     """What the exits answer with."""
     recipe: TrainingRecipe = "distill"
     """How they are trained; each of its phases takes the epochs."""
+    shots: int | None = None
+    """Train on this many labelled samples per class only."""
+    impressions: int = 1280
+    """How many inputs are synthesised where there is no data."""
     epochs: int = 4
     """Passes over the training split."""
     lr: float = 1e-2
