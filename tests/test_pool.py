@@ -2,7 +2,9 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from dyncompress.errors import RequestError
 from dyncompress.passes.capture import capture
+from dyncompress.passes.copying import deep_copy
 from dyncompress.passes.exits import InsertExits
 from dyncompress.runtime.dynamic import DynamicModel
 from dyncompress.runtime.policy import ExitPolicy
@@ -227,34 +230,57 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 # --- threads -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_threads_share_a_model(training: bool) -> None:
-    """Eight of them, with policies and inputs of their own, also while the model is meant to train; all at once."""
+def together(*work: Callable[[], None]) -> None:
+    """Runs each in a thread of its own; what one raises is raised here."""
+    with ThreadPoolExecutor(len(work)) as threads:
+        for done in [threads.submit(each) for each in work]:
+            done.result(60)
+
+
+def test_threads_share_a_model() -> None:
+    """Eight of them with policies and inputs of their own, all at once, on a model whose stages nobody derived yet."""
     made = dynamic("resnet")
     inputs = [CASES["resnet"].batch(2 + i) for i in range(8)]
     policies = [policy_for(made, CASES["resnet"].batch(20), "max-softmax", 3) for _ in inputs]
-    own = [made.with_policy(policy) for policy in policies]
-    wanted = [m.predict(x) for m, x in zip(own, inputs, strict=True)]
-    made.train(training)
-    statistics = made.trunk.get_submodule("blocks.0.b1").running_mean.clone()
-    made._cached = None  # whoever comes first derives the stages
-    own = [made.with_policy(policy) if i % 2 else own[i] for i, policy in enumerate(policies)]
-    start, wrong = threading.Barrier(8), []
+    wanted = [made.with_policy(policy).predict(x) for policy, x in zip(policies, inputs, strict=True)]
+    made, start = deep_copy(made), threading.Barrier(8)
 
     def work(i: int) -> None:
-        start.wait()
+        start.wait(60)
         for _ in range(10):
-            found = own[i].predict(inputs[i])
-            if not (
-                torch.equal(found.exit_index, wanted[i].exit_index) and torch.equal(found.logits, wanted[i].logits)
-            ):
-                wrong.append(i)
+            found = made.with_policy(policies[i]).predict(inputs[i])
+            assert torch.equal(found.exit_index, wanted[i].exit_index)
+            assert torch.equal(found.logits, wanted[i].logits)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-    assert all(m.training == training for m in made.trunk.modules())
-    assert torch.equal(made.trunk.get_submodule("blocks.0.b1").running_mean, statistics)
+    together(*(partial(work, i) for i in range(8)))
+
+
+def test_a_thread_that_is_done_leaves_the_others_in_evaluation_mode() -> None:
+    made, x = dynamic("resnet").train(), CASES["resnet"].batch(4)
+    wanted, statistics = made.predict(x).logits, made.trunk.get_submodule("blocks.3.b1").running_mean.clone()
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+    names = {}
+
+    def before_the_second_block(*_: Any) -> None:
+        if names[threading.get_ident()] == "first":
+            first_in.set()
+            assert second_in.wait(60)
+        else:
+            second_in.set()
+            assert first_out.wait(60)
+
+    made.trunk.get_submodule("blocks.1.c1").register_forward_pre_hook(before_the_second_block)
+
+    def first() -> None:
+        names[threading.get_ident()] = "first"
+        made.predict(x)
+        first_out.set()
+
+    def second() -> None:
+        names[threading.get_ident()] = "second"
+        assert first_in.wait(60)
+        assert torch.equal(made.predict(x).logits, wanted)
+
+    together(first, second)
+    assert torch.equal(made.trunk.get_submodule("blocks.3.b1").running_mean, statistics)
+    assert all(module.training for module in made.trunk.modules())

@@ -14,7 +14,6 @@ from ..passes.capture import Inputs, split_inputs
 from ..passes.cost import count_macs
 from .arrivals import as_asked_for, as_they_come
 from .deadline import Deadline
-from .inputs import batch_size, flat_inputs
 from .policy import ExitPolicy, OperatingPolicy, State, within_budget
 from .pool import Pools, run_stream
 from .running import Pieces, Prediction
@@ -129,10 +128,10 @@ class DynamicModel(nn.Module):
     @torch.no_grad()
     def all_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Every exit's (N, C) logits, early first, the final ones last; evaluation mode, no gradients."""
-        flat = flat_inputs(self.trunk, args, kwargs)
-        if batch_size(self.trunk, flat) == 0:
+        pieces = self._pieces()
+        if pieces.calls.read(args, kwargs)[1] == 0:
             return tuple(self._no_logits() for _ in range(len(self.exits) + 1))
-        with self._pieces().evaluating:
+        with pieces.evaluating:
             return self.trunk(*args, **kwargs)
 
     @torch.no_grad()
@@ -151,20 +150,20 @@ class DynamicModel(nn.Module):
         Raises:
             RequestError: the inputs do not fit the model, the table has nothing for the budget, a wrong deadline.
         """
-        flat = flat_inputs(self.trunk, args, kwargs)
-        policy = self.policy if budget is None else within_budget(self.table, budget)
-        deadline = None if deadline_ms is None else Deadline(deadline_ms, next(self.trunk.parameters()).device)
         pieces = self._pieces()
+        flat, n = pieces.calls.read(args, kwargs)
+        policy = self._policy if budget is None else within_budget(self.table, budget)
+        deadline = None if deadline_ms is None else Deadline(deadline_ms, next(self.trunk.parameters()).device)
         on = tuple([t is not None or deadline is not None for t in policy.thresholds])
         macs = pieces.exit_macs(on)
-        if batch_size(self.trunk, flat) == 0:
+        if n == 0:
             logits = self._no_logits()
             return Prediction(logits, torch.zeros(0, dtype=torch.int64, device=logits.device), macs)
         with pieces.evaluating:
             if any(on):
                 return Prediction(*self._run_stages(flat, on, policy, deadline), macs)
             logits = pieces.static(*args, **kwargs)
-        return Prediction(logits, torch.full((len(logits),), len(on), device=logits.device), macs)
+        return Prediction(logits, torch.full((n,), len(on), device=logits.device), macs)
 
     def predict_stream(
         self, batches: Iterable[Inputs], *, max_batch: int = 64, max_wait_ms: float | None = None
@@ -187,15 +186,10 @@ class DynamicModel(nn.Module):
             raise RequestError(f"max_wait_ms is {max_wait_ms}: give milliseconds, 0 or more")
         per_sample = [0 in spec.get("dynamic", ()) for spec in self.trunk.meta["inputs"]]
         seconds = inf if max_wait_ms is None else max_wait_ms / 1000
-        pools = Pools(self._pieces(), self.policy, per_sample, self._no_logits(), max_batch, seconds)
+        pieces = self._pieces()
+        pools = Pools(pieces, self.policy, per_sample, self._no_logits(), max_batch, seconds)
         arrivals = as_asked_for(batches) if max_wait_ms is None else as_they_come(batches, pools.wait, max_batch)
-
-        def check(batch: Inputs) -> tuple[list[Any], int]:
-            args, kwargs = split_inputs(batch)
-            flat = flat_inputs(self.trunk, args, kwargs)
-            return flat, batch_size(self.trunk, flat)
-
-        return run_stream(pools, arrivals, check)
+        return run_stream(pools, arrivals, lambda batch: pieces.calls.read(*split_inputs(batch)))
 
     def _run_stages(
         self, values: Sequence[Any], on: tuple[bool, ...], policy: ExitPolicy, deadline: Deadline | None

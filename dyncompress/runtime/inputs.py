@@ -1,10 +1,9 @@
 """Checks one call's inputs against what the model was captured with, in the user's own words."""
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import RequestError
@@ -17,27 +16,12 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
         RequestError: the number, names, nesting, shapes or dtypes of the inputs are not the model's.
     """
     info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    values = _in_order([name for name in info.orig_args if name != "self"], args, kwargs)
+    values = _in_order(_argument_names(gm), args, kwargs)
     flat = _flatten(values, info.in_spec)
-    floats = _first_float(gm)
+    floats = next((p for p in gm.parameters() if p.is_floating_point()), None)
     for expected, leaf in zip(gm.meta["inputs"], flat, strict=True):
         _check(expected, leaf, floats)
     return flat
-
-
-_OWNERS: WeakKeyDictionary[nn.Module, tuple[nn.Module, str]] = WeakKeyDictionary()
-
-
-def _first_float(gm: fx.GraphModule) -> Tensor | None:
-    """The first floating-point parameter; its owner is remembered, because walking a model costs as much as a layer."""
-    if gm not in _OWNERS:
-        owned = ((m, n) for m in gm.modules() for n, p in m._parameters.items() if p is not None)
-        found = next(((m, n) for m, n in owned if m._parameters[n].is_floating_point()), None)  # type: ignore[union-attr]
-        if found is None:
-            return None
-        _OWNERS[gm] = found
-    module, name = _OWNERS[gm]
-    return module._parameters[name]
 
 
 def batch_size(gm: fx.GraphModule, flat: list[Any]) -> int:
@@ -50,6 +34,51 @@ def batch_size(gm: fx.GraphModule, flat: list[Any]) -> int:
     if len(set(sizes.values())) > 1:
         raise RequestError(f"the inputs have different numbers of samples: {sizes}")
     return next(iter(sizes.values()))
+
+
+class CallReader:
+    """Reads the calls of one graph; shapes and dtypes that were right once are not checked again.
+
+    The checks of a call take longer than a layer on one sample. Threads may share a reader.
+    """
+
+    _MOST = 1000  # different ones that are remembered
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+        self._names = _argument_names(gm)
+        owned = ((m, name, p) for m in gm.modules() for name, p in m.named_parameters(recurse=False))
+        self._owner = next(((m, name) for m, name, p in owned if p.is_floating_point()), None)
+        self._right: dict[tuple[Any, ...], int] = {}
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], int]:
+        """The call's flat inputs and how many samples they hold.
+
+        Raises:
+            RequestError: as `flat_inputs` and `batch_size`.
+        """
+        values = _in_order(self._names, args, kwargs) if kwargs else list(args)
+        looks = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None for x in values]
+        key = (self._weights(), *looks)
+        if key in self._right:
+            return values, self._right[key]
+        flat = flat_inputs(self._gm, args, kwargs)
+        n = batch_size(self._gm, flat)
+        if None not in looks and len(self._right) < self._MOST:
+            self._right[key] = n
+        return flat, n
+
+    def _weights(self) -> tuple[torch.dtype, torch.device] | None:
+        """The dtype and device that the model has been moved to."""
+        if self._owner is None:
+            return None
+        module, name = self._owner
+        weight = module._parameters[name]
+        return None if weight is None else (weight.dtype, weight.device)
+
+
+def _argument_names(gm: fx.GraphModule) -> list[str]:
+    return [name for name in gm.graph._codegen.pytree_info.orig_args if name != "self"]  # type: ignore[attr-defined]
 
 
 def _in_order(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

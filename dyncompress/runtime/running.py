@@ -1,7 +1,7 @@
 """What a dynamic model runs, derived from its trunk's graph, and what it answers."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
 from threading import Lock
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from ..passes.modes import evaluating
 from ..passes.stages import Stage, split_stages, without_exits
+from .inputs import CallReader
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Pieces:
         self.graph = trunk.graph
         self.static = without_exits(trunk)
         self.stages: list[Stage] = split_stages(trunk)
+        self.calls = CallReader(trunk)
         self.evaluating = _Modes(trunk)
+        for piece in (self.static, *(stage.body for stage in self.stages)):
+            vars(piece)["trunk"] = trunk  # every node asks for it, and a child module is found by a call in Python
         self._macs: dict[tuple[bool, ...], tuple[int, ...]] = {}
 
     def exit_macs(self, on: tuple[bool, ...]) -> tuple[int, ...]:
@@ -72,7 +76,7 @@ class _Modes:
         self._trunk = trunk
         self._lock = Lock()
         self._inside = 0
-        self._restored: AbstractContextManager[None] = nullcontext()
+        self._restored: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> None:
         with self._lock:
@@ -84,6 +88,6 @@ class _Modes:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
-            if self._inside == 0:
-                restored, self._restored = self._restored, nullcontext()
-                restored.__exit__(None, None, None)
+            if self._inside == 0 and self._restored is not None:
+                self._restored.__exit__(None, None, None)
+                self._restored = None
