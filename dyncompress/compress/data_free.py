@@ -16,7 +16,7 @@ from .few_samples import Blends
 from .impressions import Synthesis, make_impressions
 from .losses import logits_of
 
-HELD_OUT = 0.15  # of the impressions: the last ones, for temperatures and thresholds
+HELD_OUT = 0.2  # of the impressions: the last ones, for temperatures and thresholds
 
 COST = (
     "convert without data: exits are trained, and thresholds chosen, on inputs synthesised out of the model; on real "

@@ -1,7 +1,8 @@
 """Much training out of few inputs: some labelled ones of every class, and blends that the model itself answers.
 
-A blend is (1 - s) a + s b of two inputs with s uniform in 0..1/2 (mixup, Zhang et al., ICLR 2018, on inputs alone).
-Exits that are distilled learn from the full model's answer to it, whatever it shows.
+A blend is (1 - s) a + s b of two inputs with s uniform in 0..1/2 (mixup, Zhang et al., ICLR 2018, on inputs alone);
+images are shifted, too, what leaves on one side coming back on the other. Exits that are distilled learn from the full
+model's answer to it, whatever it shows.
 """
 
 from typing import Any
@@ -21,6 +22,9 @@ from .exit_recipes import WITHOUT_LABELS
 
 EPOCH = 4096  # blends that are one pass of training, however few the inputs
 
+_IMAGE = 3  # dims of a sample: (channels, height, width)
+_SHIFT = 0.1  # of the size, at most
+
 
 class Blends(Dataset[tuple[Any, int]]):
     """`size` fresh blends of inputs (N, ...) an epoch, all unlabelled, each in the structure of `example_inputs`."""
@@ -35,7 +39,14 @@ class Blends(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         other, share = int(torch.randint(len(self.inputs), ())), 0.5 * float(torch.rand(()))
         blend = torch.lerp(self.inputs[index % len(self.inputs)], self.inputs[other], share)
+        if blend.dim() == _IMAGE:
+            blend = blend.roll([_shift(size) for size in blend.shape[1:]], (1, 2))
         return pytree.tree_unflatten([blend], self.structure), UNLABELLED
+
+
+def _shift(size: int) -> int:
+    most = int(_SHIFT * size)
+    return int(torch.randint(-most, most + 1, ()))
 
 
 def few_shot_training(data: LabelledData, shots: int, dynamic: DynamicModel, recipe: str, seed: int) -> LabelledData:

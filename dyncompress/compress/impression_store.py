@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from ..errors import RequestError
@@ -26,7 +27,9 @@ class ImpressionStore:
         self.path = None if folder is None else Path(folder) / FILE
         self.settings = dict(settings)
         self.saved: list[Batch] = []
-        if self.path is None or not self.path.exists():
+        begun = self.path is not None and self.path.exists()
+        PartialState().wait_for_everyone()  # before one of several processes writes the file
+        if self.path is None or not begun:
             return
         if not resume:
             raise RequestError(f"{folder} holds impressions already: continue with resume, or use another run_dir")
@@ -41,7 +44,7 @@ class ImpressionStore:
 
     def save(self, batches: list[Batch]) -> None:
         """Replaces the file at once, so that an interruption leaves the old batches or the new ones."""
-        if self.path is None:
+        if self.path is None or not PartialState().is_main_process:  # the others have made the same
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".part")

@@ -9,9 +9,7 @@ B, where the network has batch norms: how far the batch is from their statistics
 are images: the mean absolute difference of neighbouring pixels. (Zero-shot KD, Nayak et al., ICML 2019; DeepInversion,
 Yin et al., CVPR 2020.)
 
-The first batch starts from noise. Each one after it starts from the one before, shuffled and noised: few steps then
-do, since only the targets are new. A batch depends on its number, the seed and the batch before alone, so that an
-interrupted run resumes exactly.
+A batch depends on its number and the seed alone, so that an interrupted run resumes exactly.
 """
 
 import math
@@ -38,24 +36,22 @@ from .norm_statistics import mismatches
 _IMAGE = 4  # dims: (batch, channels, height, width)
 _BETAS = (1.0, 0.1)
 _LEAST_ALIKE = 0.01  # a Dirichlet's concentrations are positive
-_RENOISED = 0.3  # deviation of the noise on the batch before, as a share of its own
 
 
 @dataclass(frozen=True)
 class Synthesis:
     """How impressions are made.
 
-    count: how many, in whole batches of batch_size. first_steps: of Adam, from noise; steps: for every later batch.
+    count: how many. batch_size: how many at once; a batch as a whole keeps to the statistics. steps: of Adam.
     lr: Adam's at first, in units of the inputs; it falls as a cosine. batch_norm, variation: the weights b and v.
     """
 
     count: int = 1280
     batch_size: int = 128
-    first_steps: int = 60
-    steps: int = 20
-    lr: float = 0.1
-    batch_norm: float = 1.0
-    variation: float = 0.1
+    steps: int = 60
+    lr: float = 0.2
+    batch_norm: float = 10.0
+    variation: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -97,38 +93,28 @@ def make_impressions(
     store = ImpressionStore(run_dir, {**asdict(how), "seed": seed, "shape": list(shape)}, resume)
     made = store.saved
     similarity = class_similarity(subject.answers_to_noise(shape, _random(seed, 0)))
-    steps = [how.first_steps] + [how.steps] * (math.ceil(how.count / how.batch_size) - 1)
+    batches = math.ceil(how.count / how.batch_size)
     bar = tqdm(
-        total=sum(steps), initial=sum(steps[: len(made)]),
+        total=batches * how.steps, initial=len(made) * how.steps,
         desc="impressions", unit="step", file=sys.stderr, disable=not progress,
     )  # fmt: skip
     with bar:
-        while len(made) < len(steps):
+        while len(made) < batches:
             random = _random(seed, len(made) + 1)
             classes = (torch.arange(how.batch_size) + len(made) * how.batch_size) % len(similarity)
             targets = draw_targets(similarity, classes, random)
-            start = _start((how.batch_size, *shape), made[-1][0] if made else None, random)
-            made.append((_answering(subject, start, targets, how, steps[len(made)], bar), classes, targets))
+            noise = torch.randn(how.batch_size, *shape, generator=random)
+            made.append((_answering(subject, noise, targets, how, bar), classes, targets))
             store.save(made)
     return Impressions(*(torch.cat(column)[: how.count] for column in zip(*made, strict=True)))
 
 
-def _start(shape: tuple[int, ...], before: Tensor | None, random: torch.Generator) -> Tensor:
-    """Noise of deviation 1, or the batch before, shuffled and with a little noise."""
-    noise = torch.randn(shape, generator=random)
-    if before is None:
-        return noise
-    return before[torch.randperm(len(before), generator=random)] + _RENOISED * before.std() * noise
-
-
-def _answering(
-    subject: "_Subject", start: Tensor, targets: Tensor, how: Synthesis, steps: int, bar: "tqdm[Any]"
-) -> Tensor:
+def _answering(subject: "_Subject", start: Tensor, targets: Tensor, how: Synthesis, bar: "tqdm[Any]") -> Tensor:
     """Inputs (B, ...), on the CPU, that were moved from `start` until the network answers the targets (B, C)."""
     x, wanted = start.to(subject.device).requires_grad_(), targets.to(subject.device)
     optimizer = torch.optim.Adam([x], lr=how.lr)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.5 * how.lr * (1 + math.cos(math.pi * step / steps))
+    for step in range(how.steps):
+        optimizer.param_groups[0]["lr"] = 0.5 * how.lr * (1 + math.cos(math.pi * step / how.steps))
         logits, mismatch = subject(x)
         loss = F.cross_entropy(logits, wanted) + how.batch_norm * mismatch
         if x.dim() == _IMAGE:
