@@ -193,6 +193,7 @@ def export(
     *,
     source: Annotated[ModelOptions, Flat] = _SOURCE,
     data: str | None = None,
+    tunable: Flag = False,
     overwrite: Flag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -201,15 +202,15 @@ def export(
     Args:
         onnx: The file to write.
         data: Labelled data whose samples tell the input shape, where nothing else does.
+        tunable: Make the exits' thresholds inputs of the file, threshold_0 and so on, that may be left out.
         overwrite: Replace the file.
     """
     from .exporting import export_model
 
     with printing(json) as printer:
         recipe = _recipe(model, (), source, DataOptions(data=data, device="cpu"))
-        printer.result(
-            export_model(recipe, onnx, printer.console, overwrite=overwrite, allow_pickle=source.allow_pickle)
-        )
+        options = {"tunable": tunable, "overwrite": overwrite, "allow_pickle": source.allow_pickle}
+        printer.result(export_model(recipe, onnx, printer.console, **options))
 
 
 def _recipe(model: str, steps: tuple[Step, ...], source: ModelOptions, data: DataOptions) -> Recipe:

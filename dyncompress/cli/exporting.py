@@ -18,7 +18,13 @@ from .subject import load_splits, prepare
 
 
 def export_model(
-    recipe: Recipe, path: Path, console: Console, *, overwrite: bool = False, allow_pickle: bool = False
+    recipe: Recipe,
+    path: Path,
+    console: Console,
+    *,
+    tunable: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """Loads the model of a recipe, writes it to `path`, prints what was checked and returns the same as a report.
 
@@ -26,16 +32,19 @@ def export_model(
     """
     data = load_splits(recipe)
     subject = prepare(recipe, data, allow_pickle=allow_pickle)
-    written = write_onnx(subject.captured, path, data, overwrite=overwrite)
+    written = write_onnx(subject.captured, path, data, tunable=tunable, overwrite=overwrite)
     check = check_report(written)
     show_check(check, console)
     console.print(f"onnx: {path}", soft_wrap=True, markup=False, highlight=False)
     return {"model": recipe.model, "onnx": str(path), "run_dir": None, "check": check}
 
 
-def write_onnx(model: fx.GraphModule | DynamicModel, path: Path, data: Splits | None, *, overwrite: bool) -> OnnxReport:
+def write_onnx(
+    model: fx.GraphModule | DynamicModel, path: Path, data: Splits | None, *, tunable: bool = False, overwrite: bool
+) -> OnnxReport:
     """Writes the file and checks it: on test samples, or without data on random inputs."""
-    return export_onnx(model, path, inputs=_samples(data) if data is not None else None, overwrite=overwrite)
+    samples = _samples(data) if data is not None else None
+    return export_onnx(model, path, inputs=samples, tunable=tunable, overwrite=overwrite)
 
 
 def _samples(data: Splits) -> Any:

@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 
 from ..errors import RequestError
 from ..passes.capture import Inputs, split_inputs
-from ..passes.cost import count_macs
 from .arrivals import as_asked_for, as_they_come
 from .deadline import Deadline
 from .policy import ExitPolicy, OperatingPolicy, State, within_budget
@@ -110,7 +109,7 @@ class DynamicModel(nn.Module):
     @property
     def static_macs(self) -> int:
         """MACs per sample of the model without exits."""
-        return count_macs(self._pieces().static)
+        return self._pieces().exit_macs((False,) * len(self.exits))[-1]
 
     @property
     def exit_macs(self) -> list[int]:
@@ -190,6 +189,17 @@ class DynamicModel(nn.Module):
         pools = Pools(pieces, self.policy, per_sample, self._no_logits(), max_batch, seconds)
         arrivals = as_asked_for(batches) if max_wait_ms is None else as_they_come(batches, pools.wait, max_batch)
         return run_stream(pools, arrivals, lambda batch: pieces.calls.read(*split_inputs(batch)))
+
+    def compile(self, **options: Any) -> None:
+        """Lets torch.compile compile every stage, every head and the static model, each when it first runs.
+
+        For `predict`, `predict_stream` and calls in evaluation mode; training, copies and checkpoints are as before.
+        Batches of any size run the same code, since samples leave.
+
+        Args:
+            options: of `torch.compile`, such as `mode` or `backend`.
+        """
+        self._cached = self._pieces().compiled(**{"dynamic": True, **options})
 
     def _run_stages(
         self, values: Sequence[Any], on: tuple[bool, ...], policy: ExitPolicy, deadline: Deadline | None

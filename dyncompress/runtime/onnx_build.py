@@ -50,6 +50,7 @@ class ModelBuilder:
             ir.Value(name=name, type=like.type, shape=_renamed(like.shape, self._symbols, name))
             for name, like in inputs
         ]
+        self.settings: list[ir.Value] = []
         self.outside = Scope()
         self._by_name: dict[str, ir.Value] = {}
         self._by_content: dict[tuple[Any, ...], ir.Value] = {}
@@ -59,6 +60,17 @@ class ModelBuilder:
         if name not in self._by_name:
             self._add(self.outside, name, ir.tensor(np.array(value, np.int64), name=name))
         return self._by_name[name]
+
+    def setting(self, name: str, default: float) -> ir.Value:
+        """A float32 input of the model that a caller may leave out: an initialiser that is listed as an input.
+
+        Raises:
+            RequestError: the model has an input of that name.
+        """
+        if name in {value.name for value in self.inputs}:
+            raise RequestError(f"the model has an input named {name}, the name of a threshold; rename it")
+        self.settings.append(self._add(self.outside, name, ir.tensor(np.array(default, np.float32), name=name)))
+        return self.settings[-1]
 
     def inline(self, graph: ir.Graph, inputs: Sequence[ir.Value], scope: Scope, prefix: str) -> list[ir.Value]:
         """Moves the nodes of a traced graph into `scope`, where they read `inputs`; returns its outputs.
@@ -100,7 +112,12 @@ class ModelBuilder:
             named[-1].name, named[-1].type, named[-1].shape = name, value.type, value.shape
         nodes, weights = self.outside.nodes, self.outside.weights
         graph = ir.Graph(
-            self.inputs, named, nodes=nodes, initializers=weights, opset_imports={"": opset}, name="dyncompress"
+            [*self.inputs, *self.settings],
+            named,
+            nodes=nodes,
+            initializers=weights,
+            opset_imports={"": opset},
+            name="dyncompress",
         )
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="dyncompress")
         common.ClearMetadataAndDocStringPass()(model)  # source lines of the machine that traced it

@@ -6,6 +6,7 @@
                                   ScatterND its logits and exit indices over those of stage 0
                             else  those of stage 0 as they are
 
+Thresholds are constants, or inputs with a default that a caller may leave out.
 The branch that is not taken is not computed, and in the one that is every operator sees the rows that stay.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from .onnx_build import ModelBuilder, Scope
-from .onnx_segments import Segment
+from .onnx_segments import THRESHOLD, Segment
 
 _ANSWER = ("logits", "exit_index")
 
@@ -32,8 +33,9 @@ def compose(inputs: Sequence[str], segments: list[Segment], exit_macs: Sequence[
         RequestError: an input has the name of an output.
     """
     first = segments[0]
-    builder = ModelBuilder(list(zip(inputs, first.graph.inputs, strict=True)))
-    crossing = dict(zip(first.inputs, builder.inputs, strict=True))
+    given = {name: v for name, v in zip(first.inputs, first.graph.inputs, strict=True) if name != THRESHOLD}
+    builder = ModelBuilder(list(zip(inputs, given.values(), strict=True)))
+    crossing = dict(zip(given, builder.inputs, strict=True))
     logits, exit_index = _answer(builder, segments, 0, crossing, builder.outside)
     costs = builder.constant("exits/macs_of", exit_macs)
     macs = builder.outside.op("Gather", [costs, exit_index], "exits/macs", like=exit_index)
@@ -56,7 +58,8 @@ def _answer(
 ) -> list[ir.Value]:
     """Logits (M, C) and exit indices (M,) of the M samples that reach segment `i`, computed in `scope`."""
     segment = segments[i]
-    results = builder.inline(segment.graph, [crossing[n] for n in segment.inputs], scope, f"stage{i}")
+    given = [_threshold(builder, segment) if n == THRESHOLD else crossing[n] for n in segment.inputs]
+    results = builder.inline(segment.graph, given, scope, f"stage{i}")
     z = results[len(segment.outputs)]
     here = [z, _exit_number(builder, scope, z, segment.exit, f"stage{i}/exit")]
     if i + 1 == len(segments):
@@ -97,6 +100,7 @@ def _deeper(
         if name in segments[i - 1].per_sample
         else live[name]
         for name in segments[i].inputs
+        if name != THRESHOLD
     }
     answer = _answer(builder, segments, i, crossing, scope)
     rows = scope.op("Unsqueeze", [index, builder.constant("exits/axis_1", [1])], f"{prefix}/out/rows")
@@ -111,6 +115,12 @@ def _unchanged(here: list[ir.Value], prefix: str) -> ir.Graph:
     scope = Scope()
     kept = [scope.op("Identity", [v], f"{prefix}/{what}", like=v) for what, v in zip(_ANSWER, here, strict=True)]
     return scope.graph(kept, prefix)
+
+
+def _threshold(builder: ModelBuilder, segment: Segment) -> ir.Value:
+    """What scores are compared with, for the caller of the file to change."""
+    assert segment.threshold is not None
+    return builder.setting(f"threshold_{segment.exit}", segment.threshold)
 
 
 def _exit_number(builder: ModelBuilder, scope: Scope, z: ir.Value, number: int, prefix: str) -> ir.Value:

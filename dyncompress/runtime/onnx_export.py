@@ -50,6 +50,7 @@ def export_onnx(
     *,
     inputs: Inputs | None = None,
     opset: int = 20,
+    tunable: bool = False,
     overwrite: bool = False,
     rtol: float = 1e-3,
     atol: float = 1e-4,
@@ -66,6 +67,8 @@ def export_onnx(
         path: the file to write.
         inputs: samples to check the file on, called like the model; None: random ones.
         opset: ONNX operator set, 18 or newer.
+        tunable: the thresholds of the exits that are on become inputs `threshold_0`, ... (float32 scalars) that callers
+            of the file may leave out; what the policy says is their default.
         overwrite: replace a file that is there.
         rtol, atol: allowed |onnxruntime - PyTorch| <= atol + rtol * |PyTorch|; also how close to its threshold a score
             must be for a sample to leave elsewhere.
@@ -76,6 +79,8 @@ def export_onnx(
     """
     path = Path(path)
     _check_request(model, path, opset, overwrite)
+    if tunable:
+        _check_tunable(model)
     copied = _cpu_copy(model)
     gm = copied.trunk if isinstance(copied, DynamicModel) else copied
 
@@ -85,7 +90,7 @@ def export_onnx(
         return random_inputs(gm, n, shorter=n == BATCHES[1])  # also at another length than traced
 
     batch(1)  # what is wrong with the user's inputs shows before the work starts
-    made = _to_onnx(copied, random_inputs(gm, _TRACED_SAMPLES), opset)
+    made = _to_onnx(copied, random_inputs(gm, _TRACED_SAMPLES), opset, tunable)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         written = _write(made, Path(folder) / path.name)
         agreement = check_file(written[0], copied, batch, Tolerance(rtol, atol))
@@ -120,6 +125,11 @@ def _check_request(model: DynamicModel | fx.GraphModule, path: Path, opset: int,
         raise RequestError("the model's weights are on the meta device; load them before the export")
 
 
+def _check_tunable(model: DynamicModel | fx.GraphModule) -> None:
+    if not isinstance(model, DynamicModel) or all(t is None for t in model.policy.thresholds):
+        raise RequestError("tunable: the model has no exit that is on, so that there are no thresholds to tune")
+
+
 def _cpu_copy(model: M) -> M:
     """A copy on the CPU in evaluation mode; tensors that are there already are shared."""
     return deep_copy(model, {id(t): _on_cpu(t) for t in (*model.parameters(), *model.buffers())}).eval()
@@ -132,7 +142,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
-def _to_onnx(model: DynamicModel | fx.GraphModule, flat: list[Any], opset: int) -> ir.Model:
+def _to_onnx(model: DynamicModel | fx.GraphModule, flat: list[Any], opset: int, tunable: bool) -> ir.Model:
     gm = model.trunk if isinstance(model, DynamicModel) else model
     placeholders = gm.graph.find_nodes(op="placeholder")
     names = [str(p.target) for p, x in zip(placeholders, flat, strict=True) if isinstance(x, Tensor)]
@@ -141,7 +151,7 @@ def _to_onnx(model: DynamicModel | fx.GraphModule, flat: list[Any], opset: int) 
         return compose_static(names, graph, outputs, opset)
     nobody = [x[:0] if 0 in s.get("dynamic", ()) else x for s, x in zip(gm.meta["inputs"], flat, strict=True)]
     exit_macs = call_flat(model.predict, gm, nobody).exit_macs
-    return compose(names, trace_segments(_cpu_copy(model), flat, opset), exit_macs, opset)
+    return compose(names, trace_segments(_cpu_copy(model), flat, opset, tunable), exit_macs, opset)
 
 
 def _write(model: ir.Model, path: Path) -> list[Path]:

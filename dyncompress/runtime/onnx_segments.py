@@ -16,11 +16,13 @@ from .dynamic import DynamicModel
 from .onnx_heads import use_window_pooling
 from .onnx_recurrent import use_onnx_layers
 from .onnx_trace import Value, trace
-from .policy import RULES, ExitPolicy
+from .policy import RULES, ExitPolicy, State
 from .samples import call_flat
 
 # What a rule with memory hands from one live exit to the next; no node of a graph can have a name with a dot.
 _STATE = ("exit_rule.answer", "exit_rule.agreed")
+# The input of a segment that holds its exit's threshold, where that is not written into the graph.
+THRESHOLD = "exit_rule.threshold"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Segment:
     """A traced piece of a dynamic model that ends at exit number `exit`.
 
     `graph` takes the values named `inputs` and gives those named `outputs`, then the logits (M, C) and, but for the
-    last segment, bool (M,): who stays. `per_sample` are the values of both that have one row per sample.
+    last segment, bool (M,): who stays. `per_sample` are the values of both that have one row per sample. `threshold` is
+    the exit's (the end has none), which the graph takes as the input `THRESHOLD` or holds itself.
     """
 
     graph: ir.Graph
@@ -36,6 +39,7 @@ class Segment:
     inputs: list[str]
     outputs: list[str]
     per_sample: set[str]
+    threshold: float | None
 
 
 class _Piece(nn.Module):
@@ -59,17 +63,24 @@ class _Piece(nn.Module):
         if head is None:
             return (z,)
         z = head(z)
-        leaves, state = self.policy.decide(self.k, z, tuple(values[n] for n in _STATE if n in values))
+        leaves, state = self._decide(z, tuple(values[n] for n in _STATE if n in values), values.get(THRESHOLD))
         values.update(zip(_STATE, state, strict=False))  # nothing, where a rule has no memory
         return (*(values[n] for n in self.outputs), z, ~leaves)
 
+    def _decide(self, z: Tensor, state: State, threshold: Tensor | None) -> tuple[Tensor, State]:
+        if threshold is None:
+            return self.policy.decide(self.k, z, state)
+        score, state = self.policy.score(self.k, z, state)
+        return (score >= threshold if RULES[self.policy.rule].high_leaves else score <= threshold), state
 
-def trace_segments(model: DynamicModel, flat: Sequence[Any], opset: int) -> list[Segment]:
+
+def trace_segments(model: DynamicModel, flat: Sequence[Any], opset: int, tunable: bool) -> list[Segment]:
     """The segments of a dynamic model, early first.
 
     Args:
         model: in evaluation mode; its image heads and recurrent layers are replaced.
         flat: example values of the graph's inputs, at least two samples.
+        tunable: thresholds are inputs.
 
     Raises:
         DynCompressError: a segment cannot be exported.
@@ -83,6 +94,8 @@ def trace_segments(model: DynamicModel, flat: Sequence[Any], opset: int) -> list
     for k, last in enumerate(stages):
         if last.head is not None and not model.policy.is_on(k):
             continue
+        if tunable and last.head is not None:
+            values[THRESHOLD], dynamic[THRESHOLD] = torch.tensor(model.policy.thresholds[k]), []
         segments.append(_segment(stages[begin : k + 1], model.policy, k, values, dynamic, opset))
         begin = k + 1
     return segments
@@ -93,7 +106,9 @@ def _segment(
     values: dict[str, Any], dynamic: dict[str, list[int] | None], opset: int,
 ) -> Segment:  # fmt: skip
     """Traces the stages up to exit `k`; adds what they give to `values` and `dynamic`."""
-    needed = [*stages[0].inputs, *(n for n in _STATE if n in values and stages[-1].head is not None)]
+    needed = [*stages[0].inputs]
+    if stages[-1].head is not None:
+        needed += [n for n in (*_STATE, THRESHOLD) if n in values]
     inputs = {n: values[n] for n in needed if n in dynamic}
     piece = _Piece(stages, list(inputs), {n: values[n] for n in needed if n not in dynamic}, policy, k)
     traced = trace(piece, inputs, dynamic, opset)
@@ -105,7 +120,8 @@ def _segment(
         values[name], dynamic[name] = _own_memory(value), varies
     last = stages[-1]
     per_sample = {n for n, has_batch in zip(last.outputs, last.per_sample, strict=True) if has_batch} | {*_STATE}
-    return Segment(traced.graph, k, list(inputs), piece.outputs, per_sample)
+    threshold = None if last.head is None else policy.thresholds[k]
+    return Segment(traced.graph, k, list(inputs), piece.outputs, per_sample, threshold)
 
 
 def _own_memory(value: Value) -> Value:

@@ -1,8 +1,9 @@
 """What a dynamic model runs, derived from its trunk's graph, and what it answers."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from threading import Lock
 from typing import Any
@@ -47,6 +48,17 @@ class Pieces:
         for piece in (self.static, *(stage.body for stage in self.stages)):
             vars(piece)["trunk"] = trunk  # every node asks for it, and a child module is found by a call in Python
         self._macs: dict[tuple[bool, ...], tuple[int, ...]] = {}
+
+    def compiled(self, **options: Any) -> "Pieces":
+        """The same, each piece compiled by `torch.compile(piece, **options)` when it first runs."""
+
+        def compiled(piece: nn.Module) -> Any:
+            return torch.compile(piece, **options)
+
+        made = copy.copy(self)
+        made.static = compiled(self.static)
+        made.stages = [replace(s, body=compiled(s.body), head=s.head and compiled(s.head)) for s in self.stages]
+        return made
 
     def exit_macs(self, on: tuple[bool, ...]) -> tuple[int, ...]:
         """MACs per sample that leaves at each exit, the end last, when the heads of those that are `on` run."""
