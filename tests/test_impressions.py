@@ -24,6 +24,7 @@ from dyncompress.compress.norm_statistics import mismatch
 from dyncompress.compress.trainer import fit
 from dyncompress.errors import RequestError
 from dyncompress.passes.capture import capture
+from dyncompress.runtime.recipe import Convert
 
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
 SHORT = Synthesis(count=48, batch_size=24)
@@ -223,6 +224,10 @@ def test_what_cannot_be_done_without_data(model: Any, x: Any, options: dict[str,
     with warnings.catch_warnings(), pytest.raises(RequestError, match=message):
         warnings.simplefilter("ignore")
         convert(model(), x, exits=1, **{**QUIET, **options})
+
+
+def test_recipes_have_the_same_default() -> None:
+    assert Convert().impressions == Synthesis.count
 
 
 def make_net() -> nn.Module:

@@ -58,7 +58,7 @@ def splits_of_impressions(
     """
     held_out = round(HELD_OUT * count)
     if held_out < 1:
-        raise RequestError(f"impressions is {count}: give enough to set {HELD_OUT:.0%} aside, such as 1280")
+        raise RequestError(f"impressions is {count}: give enough to set {HELD_OUT:.0%} aside, such as 1024")
     how = Synthesis(count=count, batch_size=min(count, Synthesis.batch_size))
     inputs = make_impressions(
         model, example_inputs, how,

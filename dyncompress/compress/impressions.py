@@ -46,7 +46,7 @@ class Synthesis:
     lr: Adam's at first, in units of the inputs; it falls as a cosine. batch_norm, variation: the weights b and v.
     """
 
-    count: int = 1280
+    count: int = 1024
     batch_size: int = 128
     steps: int = 60
     lr: float = 0.2

@@ -177,7 +177,7 @@ class Convert:
     """How they are trained; each of its phases takes the epochs."""
     shots: int | None = None
     """Train on this many labelled samples per class only."""
-    impressions: int = 1280
+    impressions: int = 1024
     """How many inputs are synthesised where there is no data."""
     epochs: int = 4
     """Passes over the training split."""
