@@ -27,7 +27,8 @@ from dyncompress.compress.run_store import RunStore
 from dyncompress.model_zoo.data import ArrayDataset, Splits
 from dyncompress.passes.capture import capture
 from dyncompress.runtime import checkpoint
-from dyncompress.runtime.recipe import Convert, Export, Prune, read_recipe
+from dyncompress.runtime.recipe import read_recipe
+from dyncompress.runtime.recipe_steps import Convert, Export, Prune
 
 HERE = Path(__file__).parent
 ENTRY = {"accuracy", "parameters", "bytes", "latency_ms"}

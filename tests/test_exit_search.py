@@ -17,7 +17,8 @@ from dyncompress.compress.exit_search import choose_subset
 from dyncompress.passes.exits import InsertExits, keep_exits
 from dyncompress.passes.head_choice import HEAD_KINDS
 from dyncompress.runtime.dynamic import DynamicModel
-from dyncompress.runtime.recipe import Convert, read_recipe
+from dyncompress.runtime.recipe import read_recipe
+from dyncompress.runtime.recipe_steps import Convert
 
 
 def mean_cost(kept: tuple[int, ...], leaves_at: np.ndarray, stage: float, heads: np.ndarray) -> float:

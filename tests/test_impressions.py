@@ -24,7 +24,7 @@ from dyncompress.compress.norm_statistics import mismatch
 from dyncompress.compress.trainer import fit
 from dyncompress.errors import RequestError
 from dyncompress.passes.capture import capture
-from dyncompress.runtime.recipe import Convert
+from dyncompress.runtime.recipe_steps import Convert
 
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
 SHORT = Synthesis(count=48, batch_size=24)

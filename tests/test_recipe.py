@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dyncompress.errors import RequestError
-from dyncompress.runtime.recipe import Convert, Export, Prune, Recipe, read_recipe
+from dyncompress.runtime.recipe import Recipe, read_recipe
+from dyncompress.runtime.recipe_steps import Convert, Export, Prune
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "recipe.yaml"
 SHORT = "model: zoo:vgg-digits\nsteps: [prune, convert]\n"

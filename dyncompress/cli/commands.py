@@ -8,7 +8,8 @@ from rich.console import Console
 
 from .. import __version__
 from ..errors import RequestError
-from ..runtime.recipe import Convert, Export, Prune, Recipe, Sparsify, Step, read_recipe
+from ..runtime.recipe import Recipe, read_recipe
+from ..runtime.recipe_steps import Convert, Export, Prune, Sparsify, Step
 from .app import app, printing
 from .folders import choose_folder
 from .options import CompareOptions, DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions

@@ -18,7 +18,8 @@ from ..compress.measure import graph_of, measure
 from ..errors import DynCompressError, RequestError
 from ..runtime import checkpoint
 from ..runtime.dynamic import DynamicModel
-from ..runtime.recipe import Export, Recipe
+from ..runtime.recipe import Recipe
+from ..runtime.recipe_steps import Export
 from . import folders, results
 from .exporting import check_report, write_onnx
 from .steps import check_order, check_request, result_name, take

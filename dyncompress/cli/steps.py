@@ -22,7 +22,7 @@ from ..errors import RequestError
 from ..model_zoo.data import Splits
 from ..passes import low_rank
 from ..runtime.dynamic import DynamicModel
-from ..runtime.recipe import Convert, Export, LowRank, Prune, Sparsify, Step, Unstructured
+from ..runtime.recipe_steps import Convert, Export, LowRank, Prune, Sparsify, Step, Unstructured
 
 
 def check_request(steps: Sequence[Step], data: str | None) -> None:

@@ -16,7 +16,7 @@ from ..errors import RequestError
 from ..passes.axes import infer_axes
 from ..passes.cost import count_bytes, count_macs, count_parameters
 from ..passes.shrink import shrink
-from ..runtime.recipe import Prune
+from ..runtime.recipe_steps import Prune
 from ..runtime.shard_writer import write_json
 from ..runtime.shards import DTYPES, Source
 from ..runtime.stream_capture import build_empty, capture_on_meta
