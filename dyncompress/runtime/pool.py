@@ -6,7 +6,7 @@
    samples there, so that no pool between stages ever holds twice as many; and answers come early.
 2. A sample that arrived `max_wait_ms` ago takes those of its pool along at once, and waits no more further on. Where
    batches come faster than they are answered this is `predict` on whatever has come, up to `max_batch` samples.
-3. At the end of the stream the pools are emptied from the front, so that those who stay still meet.
+3. At the end of the stream, pools that are not full are emptied from the front, so that those who stay still meet.
 
 Only samples of equal shapes share a pool, and only where the values without a batch that cross the cut (masks, rotary
 tables, lengths) are equal too. The memory of a rule goes along with its sample.
@@ -173,7 +173,7 @@ class Pools:
     def run_all(self) -> Iterator[Prediction]:
         """Runs everything that waits, from the front."""
         while self._pools:
-            self._run(min(self._pools, key=lambda pool: pool.stage))
+            self._run(self._full() or min(self._pools, key=lambda pool: pool.stage))
             yield from self._answered()
         yield from self._answered()
 
