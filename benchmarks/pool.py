@@ -35,7 +35,7 @@ def main() -> None:
     dyn = half_leave(x)
     found = dyn.predict(x)
     result: dict[str, Any] = {
-        "command": "python benchmarks/pool.py",
+        "command": f"python benchmarks/pool.py --samples {options.samples} --rounds {options.rounds}",
         "machine": f"{torch.get_num_threads()} thread, CPU, torch {torch.__version__}",
         "samples": options.samples,
         "rounds": options.rounds,
