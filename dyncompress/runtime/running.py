@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..passes.cost import count_macs
 from ..passes.modes import evaluating
 from ..passes.stages import Stage, split_stages, without_exits
 from .inputs import CallReader
@@ -36,12 +37,13 @@ class Prediction:
 class Pieces:
     """One trunk graph as a static model and as stages; it holds no tensors of its own, and threads may share it.
 
-    static: the model without its exits. stages: one per exit and the last.
+    static: the model without its exits, static_macs its MACs per sample. stages: one per exit and the last.
     """
 
     def __init__(self, trunk: fx.GraphModule) -> None:
         self.graph = trunk.graph
         self.static = without_exits(trunk)
+        self.static_macs = count_macs(self.static)
         self.stages: list[Stage] = split_stages(trunk)
         self.calls = CallReader(trunk)
         self.evaluating = _Modes(trunk)
