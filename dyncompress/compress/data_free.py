@@ -20,7 +20,8 @@ HELD_OUT = 0.2  # of the impressions: the last ones, for temperatures and thresh
 
 COST = (
     "convert without data: exits are trained, and thresholds chosen, on inputs synthesised out of the model; on real "
-    "data expect less accuracy than with data, and max_loss, macs and the accuracies reported are no guarantees"
+    "data expect less accuracy than with data, much less with a budget of macs, under which real samples leave too "
+    "early; max_loss, macs and the accuracies reported are no guarantees"
 )
 
 
