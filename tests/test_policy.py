@@ -37,8 +37,8 @@ POLICIES = {
 
 def dynamic(name: str, policy: ExitPolicy) -> DynamicModel:
     """A model in evaluation mode whose exits say something like its end does, so that some of them agree."""
-    captured = capture(model.__wrapped__(name), CASES[name].batch(2))  # of its own: these numbers must not change
     torch.manual_seed(4)
+    captured = capture(model.__wrapped__(name), CASES[name].batch(2))  # of its own: these numbers must not change
     made = DynamicModel(InsertExits(CASES[name].exits)(captured).gm, policy).eval()
     for head in made.trunk.exits.children():
         head.linear.weight.data *= 4
