@@ -22,7 +22,7 @@ from .exit_recipes import WITHOUT_LABELS
 
 EPOCH = 4096  # blends that are one pass of training, however few the inputs
 
-_IMAGE = 3  # dims of a sample: (channels, height, width)
+_IMAGE_DIMS = 3  # of one sample: (channels, height, width)
 _SHIFT = 0.1  # of the size, at most
 
 
@@ -39,7 +39,7 @@ class Blends(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         other, share = int(torch.randint(len(self.inputs), ())), 0.5 * float(torch.rand(()))
         blend = torch.lerp(self.inputs[index % len(self.inputs)], self.inputs[other], share)
-        if blend.dim() == _IMAGE:
+        if blend.dim() == _IMAGE_DIMS:
             blend = blend.roll([_shift(size) for size in blend.shape[1:]], (1, 2))
         return pytree.tree_unflatten([blend], self.structure), UNLABELLED
 

@@ -33,7 +33,7 @@ from .impression_store import ImpressionStore
 from .losses import logits_of
 from .norm_statistics import mismatches
 
-_IMAGE = 4  # dims: (batch, channels, height, width)
+_IMAGE_BATCH_DIMS = 4  # (batch, channels, height, width)
 _BETAS = (1.0, 0.1)
 _LEAST_ALIKE = 0.01  # a Dirichlet's concentrations are positive
 
@@ -117,7 +117,7 @@ def _answering(subject: "_Subject", start: Tensor, targets: Tensor, how: Synthes
         optimizer.param_groups[0]["lr"] = 0.5 * how.lr * (1 + math.cos(math.pi * step / how.steps))
         logits, mismatch = subject(x)
         loss = F.cross_entropy(logits, wanted) + how.batch_norm * mismatch
-        if x.dim() == _IMAGE:
+        if x.dim() == _IMAGE_BATCH_DIMS:
             loss = loss + how.variation * total_variation(x)
         optimizer.zero_grad()
         loss.backward()
