@@ -39,14 +39,14 @@ def unpack(batch: Any) -> tuple[Any, Tensor]:
     return batch[0], batch[1]
 
 
-def examples_of(data: LabelledData) -> Any:
-    """The inputs of two samples (of the only one, twice) as one batch: what `capture` needs.
+def examples_of(data: LabelledData, count: int = 2) -> Any:
+    """The inputs of the first samples (again from the start where they are too few) as one batch; `capture` needs two.
 
     Raises:
         RequestError: no data, or it does not yield (input, label) pairs.
     """
     size = size_of(data, "training")
-    return unpack(default_collate([data[index % size] for index in range(2)]))[0]
+    return unpack(default_collate([data[index % size] for index in range(count)]))[0]
 
 
 def in_order(data: LabelledData, batch_size: int, device: torch.device) -> Iterator[tuple[Any, Tensor]]:

@@ -27,8 +27,9 @@ from .importance import Context, Scores
 from .importance.activations import activation_scores
 from .kept import Kept
 from .ranking import Keep, Limits, Ranking, default_scope
+from .schedule import Timetable
 from .search import saved_by, search
-from .strength import doomed, horizon, keep_without, pulls, spared
+from .strength import DEADLINE, doomed, horizon, keep_without, pulls, spared
 from .surgery import Surgery, operate
 from .trainer import LossFunction
 
@@ -57,6 +58,7 @@ class Request:
     kinds: tuple[str, ...]
     limits: Limits
     ema: float | None
+    grow_batch: bool
 
     def __post_init__(self) -> None:
         check_kinds(self.kinds)
@@ -87,6 +89,7 @@ class Sparsifier:
             "limits": str(request.limits),
         }
         self.progress: Mapping[str, str] = {}
+        self.grow_batch = request.grow_batch
         self.strength = request.strength or 0.0
         self.learned: float | None = None  # the share that was left before the weakest were cut; None: nothing was cut
         self.surgeries: list[dict[str, Any]] = []
@@ -108,10 +111,15 @@ class Sparsifier:
 
     # --- what the trainer calls ---------------------------------------------------------------------------------------
 
-    def begin(self, lrs: Sequence[float]) -> None:
+    def reschedule(self, timetable: Timetable) -> None:
+        """Before `begin`, and when the batch has grown."""
+        self._steps = timetable.steps_after(self.asked.epochs)
+        self._deadline = timetable.steps_after(DEADLINE * self.asked.epochs)
+        self._lrs, self._every = timetable.lrs[: self._steps], max(1, self._steps // _CHECKS)
+        self._decay = (self.asked.ema or 0.0) ** timetable.growth  # an average over as many samples as before
+
+    def begin(self) -> None:
         """Before the first step, or before a saved run is taken up; the model is now on its device."""
-        self._steps = len(lrs) * self.asked.epochs // (self.asked.epochs + self.asked.finetune)
-        self._lrs, self._every = list(lrs[: self._steps]), max(1, self._steps // _CHECKS)
         self._take(self.model)
         self.average = {n: p.detach().clone() for n, p in self.model.named_parameters() if self.asked.ema is not None}
         self._check(0)
@@ -129,7 +137,7 @@ class Sparsifier:
         if self.asked.ema is not None:
             now = dict(self.model.named_parameters())
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.values()), [now[n] for n in self.average], 1 - self.asked.ema)
+                torch._foreach_lerp_(list(self.average.values()), [now[n] for n in self.average], 1 - self._decay)
 
     def operate(self, epoch: int) -> Surgery | None:
         """Takes out what is zero, if it is time; what is still too much after the last sparsifying epoch is cut."""
@@ -178,8 +186,9 @@ class Sparsifier:
         self.average = {name: average.to(device) for name, average in state["average"].items()}
 
     @torch.no_grad()
-    def finish(self) -> fx.GraphModule:
-        """The model after the last step, with the average of its weights where one was asked for, and the report."""
+    def finish(self, batch_sizes: Sequence[int]) -> fx.GraphModule:
+        """The model after the last step, with the average of its weights where one was asked for, and the report.
+        `batch_sizes` are those of every epoch."""
         for name, average in self.average.items():
             parameter = self.model.get_parameter(name)
             parameter.copy_(average.to(parameter.device).masked_fill(parameter == 0, 0))
@@ -188,6 +197,7 @@ class Sparsifier:
             "metric": self.asked.metric,
             "target": self.asked.target,
             "kinds": list(self.asked.kinds),
+            "batch_sizes": list(batch_sizes),
         }
         learned = self.learned if self.learned is not None else self._share
         report |= {"learned": learned, "left": self._share, "surgeries": steps, "kept": self.kept.table()}
@@ -241,7 +251,7 @@ class Sparsifier:
             rms = self.lasso.norms() / self.lasso.weights
             pull = pulls(self.lasso, rms, self._doomed(target), min(1.0, target / self._share))
             strongest = float(pull.max())
-            self.strength = max(self.strength, strongest / horizon(self._lrs, step))
+            self.strength = max(self.strength, strongest / horizon(self._lrs, step, self._deadline))
             self._hold(zero, pull / max(strongest, _TINY))
 
     def _doomed(self, target: float) -> Tensor:

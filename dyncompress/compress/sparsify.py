@@ -1,7 +1,7 @@
 """Learned structured sparsity: group lasso drives whole groups to zero while the model is trained, and they leave it.
 
 Zeroed groups leave every few epochs and never come back; momentum, moments and learning rates of what is left go on as
-they were (PruneTrain: Lym et al., SC 2019, sections 4.1 and 4.2).
+they were (PruneTrain: Lym et al., SC 2019, sections 4.1 and 4.2), or the batch grows and the learning rates with it.
 """
 
 import os
@@ -41,6 +41,7 @@ def sparsify(
     floor: float = 0.1,
     ignore: Sequence[str] = (),
     ema: float | None = None,
+    grow_batch: bool = False,
     loss_fn: LossFunction = cross_entropy,
     optimizer: Optimizer = torch.optim.AdamW,
     lr: float = 1e-3,
@@ -55,8 +56,8 @@ def sparsify(
     """A physically smaller copy of `model` whose structure was learned: trained with group lasso, then without.
 
     What was done is in `result.meta["info"]["sparsify"]`: every surgery, the share that group lasso left (`learned`)
-    and that is left after what it did not reach was cut (`left`), and under "kept" the kind, size and kept indices of
-    every axis of the original.
+    and that is left after what it did not reach was cut (`left`), the batch of every epoch, and under "kept" the kind,
+    size and kept indices of every axis of the original.
 
     Args:
         model: any model `capture` takes, or an already captured one; trained or not.
@@ -74,6 +75,9 @@ def sparsify(
         floor: least share of each axis that stays.
         ignore: module or parameter names whose axes stay whole.
         ema: decay of an average of the weights, such as .999, which the result then has; None = none.
+        grow_batch: after every surgery, the batch becomes the largest, in quarters of batch_size, of which a step keeps
+            no more for its backward pass than batch_size samples took in the whole model; the learning rate is scaled
+            by the same factor, and the average's decay is raised to its power.
         loss_fn: (the model's output, labels) -> scalar.
         optimizer: makes one of parameters and lr, such as `partial(torch.optim.SGD, momentum=0.9)`.
         lr, batch_size, mixed_precision, device, run_dir, resume: see `trainer.fit`; an interrupted run resumes to the
@@ -89,15 +93,15 @@ def sparsify(
     limits = Limits(floor, ignore=tuple(ignore), depth=LAYERS in kinds)
     request = Request(
         metric=metric, target=target, strength=strength, penalty_ratio=penalty_ratio, epochs=epochs, finetune=finetune,
-        shrink_every=shrink_every, kinds=tuple(kinds), limits=limits, ema=ema,
+        shrink_every=shrink_every, kinds=tuple(kinds), limits=limits, ema=ema, grow_batch=grow_batch,
     )  # fmt: skip
     whole = isinstance(model, fx.GraphModule) and "inputs" in model.meta
     gm: Any = deep_copy(model) if whole else capture(model, examples_of(data))
     work = Sparsifier(gm, request, loss_fn, data)
     options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "optimizer": optimizer}
     options |= {"mixed_precision": mixed_precision, "device": device, "run_dir": run_dir, "resume": resume}
-    fit(gm, work.loss, data, epochs=epochs + finetune, surgeon=work, progress=progress, **options)
-    small = work.finish().to(device_of_model(gm))
+    history = fit(gm, work.loss, data, epochs=epochs + finetune, surgeon=work, progress=progress, **options)
+    small = work.finish([epoch.batch_size for epoch in history]).to(device_of_model(gm))
     if ema is not None or (work.learned is not None and not finetune):  # their statistics are not these weights'
         recalibrate_batchnorm(small, data, batches=RECALIBRATION_BATCHES, seed=seed)
     return small

@@ -23,14 +23,14 @@ from ..passes.kinds import BRANCH
 from .group_lasso import GroupLasso
 from .ranking import Keep, Limits, dead_axes
 
-_DEADLINE = 0.6  # of the sparsifying steps
+DEADLINE = 0.6  # of the sparsifying epochs
 _HORIZON, _STEPS = 0.1, 10
 
 
-def horizon(lrs: Sequence[float], step: int) -> float:
+def horizon(lrs: Sequence[float], step: int, deadline: int) -> float:
     """The sum of the learning rates from `step` to the deadline; at least a tenth of all, and ten of the present."""
     present = lrs[min(step, len(lrs) - 1)]
-    return max(sum(lrs[step : round(_DEADLINE * len(lrs))]), _HORIZON * sum(lrs), _STEPS * present)
+    return max(sum(lrs[step:deadline]), _HORIZON * sum(lrs), _STEPS * present)
 
 
 def keep_without(axes: Axes, lasso: GroupLasso, zero: Tensor) -> dict[str, list[int]]:

@@ -4,8 +4,9 @@ What is taken out is zeroed first, and norms keep their old counts (`shrink(exac
 equals the large one with zeros; that is checked every time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +16,7 @@ from ..passes.axes import as_keep, infer_axes
 from ..passes.plan import Plan, masked_copy, plan_axes
 from ..passes.shrink import shrink_axes
 from ..runtime.verify import verify
+from .schedule import Timetable
 
 KeepByName = Mapping[str, list[int]]
 
@@ -26,6 +28,35 @@ class Surgery:
     model: fx.GraphModule
     plan: Plan
     difference: float
+
+
+class Surgeon(Protocol):
+    """Acts after every step, and may replace the model by a smaller one after an epoch; saved and resumed with the run.
+
+    request: what must be the same for a run to continue. progress: what the progress bar shows beside the loss.
+    grow_batch: whether larger batches, and learning rates, take the memory that a smaller model frees.
+    """
+
+    request: Mapping[str, Any]
+    progress: Mapping[str, str]
+    grow_batch: bool
+
+    def reschedule(self, timetable: Timetable) -> None:
+        """What the steps are: before anything else, and again whenever those to come have changed."""
+
+    def begin(self) -> None:
+        """Before anything is trained or taken up, the model now on its device."""
+
+    def after_step(self, step: int) -> None:
+        """After the optimiser's step of this number, from 0."""
+
+    def operate(self, epoch: int) -> Surgery | None:
+        """After the epoch of this number, from 1; the model to go on with, if it changes."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Iterator[Surgery]:
+        """Takes up a saved run: makes its surgeries again, whatever the weights, on the model that it began with."""
 
 
 def operate(gm: fx.GraphModule, keep: KeepByName, *, check: bool = True) -> Surgery:

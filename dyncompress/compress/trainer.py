@@ -2,7 +2,7 @@
 
 The random numbers and the data order of an epoch are functions of (seed, epoch, process) alone. So the state at the end
 of an epoch is the weights, the optimiser, the loss's own state and the epoch's number, and an interrupted run continues
-as if nothing had happened. A surgeon may change the model's shape between epochs.
+as if nothing had happened. A surgeon may change the model's shape between epochs, and the batch with it.
 """
 
 import math
@@ -10,9 +10,9 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,15 +21,16 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import DynCompressError, RequestError
+from .batch_growth import bytes_per_sample, largest_batch
 from .batches import LabelledData, call, placed, size_of, to_device, unpack
 from .run_store import RunStore, Settings
-from .surgery import Surgery, carry_over
+from .schedule import Shuffled, Timetable, seed_of
+from .surgery import Surgeon, Surgery, carry_over
 
-_WARM_UP = 0.1  # of all steps
 _CLIP_NORM = 5.0
 
 LossFunction = Callable[[Any, Tensor], Tensor]  # (the model's output, labels (B,)) -> scalar
@@ -45,38 +46,16 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
-class Surgeon(Protocol):
-    """Acts after every step, and may replace the model by a smaller one after an epoch; saved and resumed with the run.
-
-    request: what must be the same for a run to continue. progress: what the progress bar shows beside the loss.
-    """
-
-    request: Mapping[str, Any]
-    progress: Mapping[str, str]
-
-    def begin(self, lrs: Sequence[float]) -> None:
-        """Before anything is trained or taken up, the model now on its device, with the learning rate of every step."""
-
-    def after_step(self, step: int) -> None:
-        """After the optimiser's step of this number, from 0."""
-
-    def operate(self, epoch: int) -> Surgery | None:
-        """After the epoch of this number, from 1; the model to go on with, if it changes."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Iterator[Surgery]:
-        """Takes up a saved run: makes its surgeries again, whatever the weights, on the model that it began with."""
-
-
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch did: its number from 1, the mean loss over its batches, its last learning rate, wall seconds."""
+    """What one epoch did: its number from 1, the mean loss over its batches, its last learning rate, wall seconds, and
+    the samples of a batch in each process."""
 
     epoch: int
     loss: float
     lr: float
     seconds: float
+    batch_size: int
 
 
 def fit(
@@ -156,11 +135,12 @@ class _Run:
         surgeon: Surgeon | None,
     ) -> None:
         self.surgeon = surgeon
-        self.model, self.loss_fn, self.settings = model, loss_fn, settings
+        self.model, self.loss_fn, self.dataset, self.settings = model, loss_fn, dataset, settings
         self.accelerator, self.device = accelerator, device
-        self.batches = _Shuffled(settings, accelerator.process_index)
+        sizes = (settings.batch_size,) * settings.epochs
+        self.timetable = Timetable(settings.samples, settings.processes, settings.lr, sizes)
+        self.batches = Shuffled(self.timetable, settings.seed, accelerator.process_index)
         self.loader = DataLoader(dataset, batch_sampler=self.batches)
-        self.steps = settings.epochs * len(self.batches)
 
     @contextmanager
     def prepared(self, groups: list[Any], make: Optimizer) -> Iterator[None]:
@@ -186,6 +166,24 @@ class _Run:
         self.model = surgery.model
         self._wrap()
 
+    def _reschedule(self, timetable: Timetable) -> None:
+        self.timetable = self.batches.timetable = timetable
+        if self.surgeon is not None:
+            self.surgeon.reschedule(timetable)
+
+    def _memory(self) -> int:
+        """Bytes that a step keeps for one sample, or 0 where nobody asks; the same in every process."""
+        if self.surgeon is None or not self.surgeon.grow_batch:
+            return 0
+        own = bytes_per_sample(self.model, self.dataset, self.accelerator.autocast())
+        return int(self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum"))
+
+    def _grow(self, epoch: int, whole: int) -> None:
+        """From an epoch on, the largest batch that keeps no more than the first one did; `whole`: `_memory` then."""
+        most = self.settings.samples // self.settings.processes
+        size = largest_batch(self.settings.batch_size, whole, self._memory(), most)
+        self._reschedule(self.timetable.with_batches(epoch, size))
+
     def train(
         self,
         store: RunStore,
@@ -194,16 +192,17 @@ class _Run:
         progress: bool,
     ) -> list[Epoch]:
         """All epochs that are not done yet; the history of all."""
-        if self.surgeon is not None:
-            self.surgeon.begin([self.settings.lr * _schedule(step, self.steps) for step in range(self.steps)])
-        history = self._restored(store)
-        done = len(history)
-        bar = tqdm(
-            total=self.steps, initial=done * len(self.batches), unit="step", file=sys.stderr, disable=not progress
-        )
         self.model.train()
         for module in keep_eval:
             module.eval()
+        self._reschedule(self.timetable)
+        whole = self._memory()
+        if self.surgeon is not None:
+            self.surgeon.begin()
+        history = self._restored(store)
+        done = len(history)
+        steps = self.timetable.steps_after(done)
+        bar = tqdm(total=self.timetable.steps, initial=steps, unit="step", file=sys.stderr, disable=not progress)
         try:
             with bar:
                 for epoch in range(done, self.settings.epochs):
@@ -212,6 +211,9 @@ class _Run:
                     surgery = self.surgeon.operate(epoch + 1) if self.surgeon is not None else None
                     if surgery is not None:
                         self._adopt(surgery)
+                        if whole:
+                            self._grow(epoch + 1, whole)
+                            bar.total = self.timetable.steps
                     self.accelerator.wait_for_everyone()
                     if self.accelerator.is_main_process:
                         store.save(self._state(history))
@@ -222,8 +224,8 @@ class _Run:
     def _epoch(self, epoch: int, after_step: Callable[[int], None] | None, bar: "tqdm[Any]") -> Epoch:
         began, total = time.perf_counter(), 0.0
         self.batches.epoch = epoch
-        set_seed(_seed_of(self.settings.seed, epoch, 1 + self.accelerator.process_index))
-        for step, batch in enumerate(self.loader, start=epoch * len(self.batches)):
+        set_seed(seed_of(self.settings.seed, epoch, 1 + self.accelerator.process_index))
+        for step, batch in enumerate(self.loader, start=self.timetable.steps_after(epoch)):
             loss = self._step(step, batch)
             total += loss
             if self.surgeon is not None:
@@ -235,18 +237,19 @@ class _Run:
                 after_step(step)
         mean = torch.tensor(total / len(self.batches), device=self.accelerator.device)
         mean = self.accelerator.reduce(mean, "mean")
-        return Epoch(epoch + 1, float(mean), self.optimizer.param_groups[0]["lr"], time.perf_counter() - began)
+        lr, size = self.optimizer.param_groups[0]["lr"], self.timetable.batch_sizes[epoch]
+        return Epoch(epoch + 1, float(mean), lr, time.perf_counter() - began, size)
 
     def _step(self, step: int, batch: Any) -> float:
         inputs, labels = unpack(batch)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * _schedule(step, self.steps)
+            group["lr"] = peak * self.timetable.rates[step]
         output = call(self.wrapped, to_device(inputs, self.device))
         loss = self.loss_fn(output, labels.to(self.device))
         value = loss.item()
         if not math.isfinite(value):
             raise DynCompressError(
-                f"the loss became {value} at step {step} of {self.steps}: try a learning rate below "
+                f"the loss became {value} at step {step} of {self.timetable.steps}: try a learning rate below "
                 f'{self.settings.lr:g}, mixed_precision="no", or look for bad values in the data'
             )
         self.optimizer.zero_grad()
@@ -266,6 +269,7 @@ class _Run:
             "scaler": scaler.state_dict() if scaler is not None else {},
             "loss": self.loss_fn.state_dict() if isinstance(self.loss_fn, Stateful) else {},
             "surgeon": self.surgeon.state_dict() if self.surgeon is not None else {},
+            "batch_sizes": list(self.timetable.batch_sizes),
             "history": [asdict(epoch) for epoch in history],
         }
 
@@ -275,6 +279,7 @@ class _Run:
             return []
         for surgery in self.surgeon.load_state_dict(state["surgeon"]) if self.surgeon is not None else ():
             self._adopt(surgery)
+        self._reschedule(replace(self.timetable, batch_sizes=tuple(state["batch_sizes"])))
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -298,22 +303,6 @@ class _Shell(nn.Module):
         return self.model(*args, **kwargs)
 
 
-class _Shuffled(Sampler[list[int]]):
-    """Batches of indices in an order that depends on seed and epoch alone; every process takes its own."""
-
-    def __init__(self, settings: Settings, process: int) -> None:
-        self.settings, self.process, self.epoch = settings, process, 0
-
-    def __len__(self) -> int:
-        return self.settings.samples // (self.settings.batch_size * self.settings.processes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(_seed_of(self.settings.seed, self.epoch, 0))
-        order = torch.randperm(self.settings.samples, generator=generator)
-        shape = (len(self), self.settings.processes, self.settings.batch_size)
-        yield from order[: math.prod(shape)].view(shape)[:, self.process].tolist()
-
-
 def training_device() -> torch.device:
     """The device that accelerate chooses on this machine, or for this process."""
     return PartialState().device
@@ -324,19 +313,6 @@ def _accelerator(mixed_precision: str | None) -> Accelerator:
         return Accelerator(mixed_precision=mixed_precision)
     except ValueError as error:
         raise RequestError(f"mixed_precision={mixed_precision!r} cannot be used here: {error}") from error
-
-
-def _schedule(step: int, steps: int) -> float:
-    """The share of the peak learning rate: a linear warm-up, then half a cosine."""
-    warm = max(1, round(_WARM_UP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _seed_of(*parts: int) -> int:
-    """One 32-bit seed out of several numbers; different numbers give unrelated seeds."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 @contextmanager

@@ -97,6 +97,8 @@ class Sparsify:
     """Modules or parameters whose axes stay whole, by name."""
     ema: float | None = None
     """Decay of an average of the weights, which the result then has, such as 0.999."""
+    grow_batch: bool = False
+    """Larger batches, and learning rates, as the model needs less memory."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum 0.9."""
     lr: float = 1e-3
