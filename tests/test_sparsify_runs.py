@@ -18,7 +18,7 @@ import dyncompress as dc
 from dyncompress.cli.app import run
 from dyncompress.compress.losses import cross_entropy
 
-STEPS = 6  # per epoch
+STEPS = 6  # per epoch of batches of 32
 RESUMED: dict[str, Any] = OPTIONS | {"shrink_every": 1, "ema": 0.9, "macs": 0.3, "epochs": 5}
 
 
@@ -61,9 +61,10 @@ def begun(code: str, **environment: str) -> subprocess.Popen[str]:
 def test_two_processes_make_the_same_model(tmp_path: Path) -> None:
     code = f"""
 torch.set_num_threads(1)
-small = dc.sparsify(network(), images(), **OPTIONS | {{"epochs": 2, "batch_size": 16, "macs": 0.5}})
+small = dc.sparsify(network(), images(), **OPTIONS | {{"epochs": 1, "batch_size": 16, "macs": 0.3, "grow_batch": True}})
 assert small.meta["info"]["sparsify"]["surgeries"] and torch.distributed.get_world_size() == 2
-torch.save(dict(small.named_parameters()), {str(tmp_path)!r} + "/" + os.environ["RANK"])
+saved = {{"sizes": small.meta["info"]["sparsify"]["batch_sizes"], **dict(small.named_parameters())}}
+torch.save(saved, {str(tmp_path)!r} + "/" + os.environ["RANK"])
 """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,13 +75,15 @@ torch.save(dict(small.named_parameters()), {str(tmp_path)!r} + "/" + os.environ[
             _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said[-2000:]
     one, two = (torch.load(tmp_path / rank) for rank in "01")
+    (first, then), others = one.pop("sizes"), two.pop("sizes")
+    assert first == 16 < then and others == [first, then]
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
 RUN = ["sparsify", "sparsify_models:make_net", "--kinds", "axes", "--kinds", "layers", "--macs", "0.3", "--epochs", "3"]
-RUN += ["--finetune", "1", "--shrink-every", "1", "--ema", "0.9", "--lr", "0.01", "--batch-size", "32"]
+RUN += ["--finetune", "1", "--shrink-every", "1", "--ema", "0.9", "--lr", "0.01", "--batch-size", "16", "--grow-batch"]
 SOURCE = ["--data", "sparsify_models:make_data", "--device", "cpu", "--json"]
 
 
@@ -102,6 +105,7 @@ def test_the_report(folder: Path) -> None:
     static, small, done = report["static"], report["sparsified"], report["sparsify"]
     assert small["macs"] <= 0.3 * static["macs"] and small["parameters"] < static["parameters"]
     assert done["left"] == pytest.approx(small["macs"] / static["macs"]) and done["kinds"] == ["axes", "layers"]
+    assert done["batch_sizes"][0] == 16 < done["batch_sizes"][-1]
     assert {"layers.csv", "kept.png", "recipe.yaml"} <= {path.name for path in folder.iterdir()}
     assert "groups" in (folder / "table.txt").read_text()
 
@@ -114,12 +118,14 @@ def test_its_recipe_makes_the_same_model(folder: Path, tmp_path: Path, capsys: p
 
 def test_a_killed_run_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     arguments = [*RUN, *SOURCE, "--out", str(tmp_path)]
-    first, *others = (s["epoch"] for s in report_in(folder)["sparsify"]["surgeries"])
+    done = report_in(folder)["sparsify"]
+    first = next(epoch for epoch, size in enumerate(done["batch_sizes"]) if size > 16)  # epochs before it grows
+    step = sum(192 // size for size in done["batch_sizes"][:first]) + 3
     code = f"""
 from dyncompress.cli.app import run
 from dyncompress.compress.sparsifier import Sparsifier
 def after_step(self, step, real=Sparsifier.after_step):
-    if step == {first * STEPS + 3}:
+    if step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, step)
 Sparsifier.after_step = after_step
@@ -127,7 +133,7 @@ run({arguments!r})
 """
     with begun(code) as process:
         process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL and others
+    assert process.returncode == -signal.SIGKILL
     assert (tmp_path / "steps" / "1-sparsify" / "training.pt").exists()
     assert run([*arguments, "--resume"]) == 0
     assert report_in(tmp_path)["sparsify"] == report_in(folder)["sparsify"]
