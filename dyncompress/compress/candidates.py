@@ -16,9 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import RequestError
+from ..passes.stages import split_stages
+from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import ExitPolicy
+from .batches import LabelledData
+from .distill import UNLABELLED
+from .evaluate import collect_logits
+from .points import Floats, Ints, Objective, OperatingPoint, Search, exit_costs, lexargmin
 from .shares import quota_shares, thresholds_for_shares
-from .thresholds import Floats, Ints, OperatingPoint
+from .thresholds import ThresholdSearch
 
 _TRIALS, _POPULATION = 500, 40
 _OFF, _NOBODY = -0.2, -0.1  # a gene between the two switches its exit off, one from there to 0 lets nobody leave
@@ -42,27 +48,36 @@ class Cached:
         return replace(self, logits=[z[index] for z in self.logits], labels=self.labels[index])
 
     @cached_property
-    def right(self) -> Tensor:
-        """Bool (K + 1, N): which exit answers which sample rightly."""
-        return torch.stack([z.argmax(-1) == self.labels for z in self.logits]).cpu()
-
-    def costs(self, thresholds: Sequence[float | None]) -> Floats:
-        """MACs of a sample that leaves at each exit, (K + 1,), the end last; heads of exits that are off are free."""
-        heads = [0.0 if t is None else h for t, h in zip(thresholds, self.head_macs, strict=True)]
-        return np.cumsum(np.asarray(self.stage_macs, np.float64) + np.array([*heads, 0.0]))
+    def right(self) -> Floats:
+        """(K + 1, N) of 0 and 1: which exit answers which sample rightly."""
+        return np.stack([(z.argmax(-1) == self.labels).double().cpu().numpy() for z in self.logits])
 
     def play(self, policy: ExitPolicy) -> OperatingPoint:
         """What a policy does on these samples."""
-        at = policy.exit_of(self.logits).cpu()
-        return OperatingPoint(
-            thresholds=policy.thresholds,
-            accuracy=float(self.right[at, torch.arange(len(at))].double().mean()),
-            mean_macs=float(self.costs(policy.thresholds)[at.numpy()].mean()),
-            shares=tuple((torch.bincount(at, minlength=len(self.logits)).double() / len(at)).tolist()),
+        at = policy.exit_of(self.logits).cpu().numpy()
+        return OperatingPoint.of(
+            policy.thresholds, at, self.right[at, np.arange(len(at))], self.costs(policy.thresholds)[at]
         )
 
+    def costs(self, thresholds: Sequence[float | None]) -> Floats:
+        """MACs of a sample that leaves at each exit, (K + 1,)."""
+        return exit_costs(self.stage_macs, self.head_macs, [t is not None for t in thresholds])
 
-class Candidates:
+    def grid(self, policy: ExitPolicy) -> ThresholdSearch:
+        """The search over all thresholds of a policy's rule, at its temperatures."""
+        calibrated = [z / t for z, t in zip(self.logits, (*policy.temperatures, 1.0), strict=True)]
+        return ThresholdSearch(calibrated, self.labels, self.stage_macs, self.head_macs, policy.rule)
+
+
+def collect_cached(dynamic: DynamicModel, data: LabelledData, device: torch.device | str | None = None) -> Cached:
+    """The labelled samples of a data set, as `evaluate` takes it, with the costs of the model."""
+    logits, labels = collect_logits(dynamic, data, device=device)
+    stages = split_stages(dynamic.trunk)
+    everything = Cached(logits, labels, [s.macs for s in stages], [s.head_macs for s in stages[:-1]])
+    return everything.rows(labels != UNLABELLED)
+
+
+class Candidates(Search):
     """Policies of one rule, told apart by their thresholds, played on the calibration set; so is "nobody leaves early".
 
     Raises:
@@ -77,7 +92,7 @@ class Candidates:
         made |= {p.thresholds: p.exit_of(cached.logits).cpu().numpy() for p in policies}
         self.thresholds = list(made)
         self.at: Ints = np.stack(list(made.values()))
-        self.right: Floats = cached.right.numpy()[self.at, np.arange(count)].astype(np.float64)
+        self.right = cached.right[self.at, np.arange(count)]
         self.macs: Floats = np.take_along_axis(np.stack([cached.costs(t) for t in made]), self.at, 1)
 
     def subset(self, rows: Ints) -> "Candidates":
@@ -87,48 +102,15 @@ class Candidates:
         return part
 
     @property
-    def samples(self) -> int:
-        """The number of samples."""
-        return self.right.shape[1]
-
-    @property
-    def best_accuracy(self) -> float:
-        """The highest accuracy (0..1) of all candidates."""
-        return float(self.right.mean(1).max())
+    def _tables(self) -> tuple[Floats, Floats]:
+        return self.right.sum(1), self.macs.sum(1)
 
     def right_with(self, thresholds: Sequence[float | None]) -> Floats:
         """Whether each sample is answered rightly under a candidate's thresholds: (N,) of 0 and 1."""
         return self.right[self.thresholds.index(tuple(thresholds))]
 
-    def for_accuracy(self, accuracy: float) -> OperatingPoint:
-        """The least mean MACs with at least this accuracy (0..1).
-
-        Raises:
-            RequestError: no candidate reaches it.
-        """
-        reached, macs = self.right.mean(1), self.macs.mean(1)
-        allowed = np.flatnonzero(reached >= accuracy - 1e-9)
-        if len(allowed) == 0:
-            raise RequestError(
-                f"no thresholds reach an accuracy of {accuracy:.4f} on the calibration set, the best is "
-                f"{self.best_accuracy:.4f}: allow a larger loss or train longer"
-            )
-        return self._point(allowed[np.lexsort((-reached[allowed], macs[allowed]))[0]])
-
-    def for_macs(self, macs: float) -> OperatingPoint:
-        """The best accuracy with at most this many mean MACs per sample.
-
-        Raises:
-            RequestError: every candidate costs more.
-        """
-        reached, spent = self.right.mean(1), self.macs.mean(1)
-        allowed = np.flatnonzero(spent <= macs * (1 + 1e-9))
-        if len(allowed) == 0:
-            raise RequestError(
-                f"no thresholds keep the mean within {macs:.0f} MACs, the least is {spent.min():.0f}: "
-                "allow more or put the first exit earlier"
-            )
-        return self._point(allowed[np.lexsort((spent[allowed], -reached[allowed]))[0]])
+    def _search(self, objective: Objective) -> OperatingPoint:
+        return self._point(lexargmin(*objective(*self._tables)))
 
     def curve(self, points: int = 20) -> list[OperatingPoint]:
         """The candidates that none beats in both accuracy and mean MACs, at most `points` of them, by rising MACs."""
@@ -140,13 +122,7 @@ class Candidates:
         return [self._point(i) for i in front[picked]]
 
     def _point(self, index: int) -> OperatingPoint:
-        exits = len(self.thresholds[index])
-        return OperatingPoint(
-            thresholds=self.thresholds[index],
-            accuracy=float(self.right[index].mean()),
-            mean_macs=float(self.macs[index].mean()),
-            shares=tuple((np.bincount(self.at[index], minlength=exits + 1) / self.samples).tolist()),
-        )
+        return OperatingPoint.of(self.thresholds[index], self.at[index], self.right[index], self.macs[index])
 
 
 def by_quota(template: ExitPolicy, cached: Cached) -> list[ExitPolicy]:

@@ -9,18 +9,15 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..passes.stages import split_stages
 from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import RULES, ExitPolicy, OperatingPolicy, check_rule
 from .batches import LabelledData
-from .calibrate import calibrate_exits
-from .candidates import Cached, Candidates, by_genetic_search, by_quota
-from .distill import UNLABELLED
-from .evaluate import collect_logits
+from .calibrate import Calibration, calibrate_exits
+from .candidates import Cached, Candidates, by_genetic_search, by_quota, collect_cached
+from .points import OperatingPoint, Search
 from .risk import RiskControl, check_rates, control_risk, risk_path
 from .scorer import fit_scorer
 from .slack import held_out_slack
-from .thresholds import OperatingPoint, ThresholdSearch
 
 SearchKind = Literal["grid", "genetic", "quota"]
 RiskKind = Literal["disagreement", "accuracy-loss"]
@@ -59,7 +56,8 @@ def choose_policy(
         risk: instead, a rate (0..1) that holds for unseen samples with probability `confidence` (`risk`); one half of
             the samples then makes temperatures and thresholds, the other one the promise.
         risk_of: "disagreement" with the final exit, or "accuracy-loss" against it.
-        static_logits: (N, classes) on the same samples, of the model that the loss counts from; None = the final exit.
+        static_logits: (N, classes) on the labelled samples, of the static model, where the final exit is not that any
+            more; losses count from the better one of the two.
         seed: of the division into halves and of the genetic search.
 
     Returns:
@@ -71,44 +69,51 @@ def choose_policy(
         RequestError: no labelled samples, too few for the promise, or thresholds that do what is asked do not exist.
     """
     check_goal(rule, threshold_search, max_loss, macs, risk, confidence, risk_of)
-    stages = split_stages(dynamic.trunk)
-    logits, labels = collect_logits(dynamic, calibration, device=device)
-    static = (logits[-1] if static_logits is None else static_logits)[labels != UNLABELLED]
-    everything = Cached(logits, labels, [s.macs for s in stages], [s.head_macs for s in stages[:-1]])
-    everything = everything.rows(labels != UNLABELLED)
-    labels = everything.labels
-    tuning, promising = (everything, None) if risk is None else _halves(everything, seed)
-    calibrations = calibrate_exits(tuning.logits, tuning.labels)
-    template = _template(rule, tuning, [c.temperature for c in calibrations[:-1]])
+    samples = collect_cached(dynamic, calibration, device)
+    tuning, promising = (samples, None) if risk is None else _halves(samples, seed)
+    fitted = calibrate_exits(tuning.logits, tuning.labels)
+    template = _template(rule, tuning, [c.temperature for c in fitted[:-1]])
     if risk is not None and risk_of == "disagreement":
         tuning = replace(tuning, labels=tuning.logits[-1].argmax(-1))
     search = _search(threshold_search, template, tuning, seed, progress)
+    static_right = _static_right(samples, static_logits)
     promise: RiskControl | None = None
     if risk is not None and promising is not None:
         promise = _promise(search, template, tuning, promising, risk, 1 - confidence, risk_of, seed)
         dynamic.policy = promise.policy
-    elif macs is None:
-        point = _within_loss(search, static.argmax(-1) == labels, max_loss)
-        dynamic.policy = replace(template, thresholds=point.thresholds)
     else:
-        dynamic.policy = replace(template, thresholds=search.for_macs(macs * dynamic.static_macs).thresholds)
-    dynamic.table = _table(template, search.curve(), everything)
-    chosen = everything.play(dynamic.policy)
+        within = None if macs is None else macs * dynamic.static_macs
+        point = _within_loss(search, static_right, max_loss) if within is None else search.for_macs(within)
+        dynamic.policy = replace(template, thresholds=point.thresholds)
+    dynamic.table = _table(template, search.curve(), samples)
+    report = _report(dynamic, samples, static_right, fitted)
+    return {**report, "risk": None if promise is None else {k: v for k, v in asdict(promise).items() if k != "policy"}}
+
+
+def _report(
+    dynamic: DynamicModel, samples: Cached, static_right: Tensor, fitted: Sequence[Calibration]
+) -> dict[str, Any]:
+    """What the chosen policy and the exits by themselves do."""
+    chosen, alone = samples.play(dynamic.policy), samples.right.mean(1).tolist()
+    rows = zip([*dynamic.exits, "output"], chosen.shares, alone, fitted, strict=True)
     return {
-        "samples": len(labels),
-        "static": {"accuracy": accuracy(static, labels), "macs": dynamic.static_macs},
-        "final": {"accuracy": accuracy(everything.logits[-1], labels)},
+        "samples": len(samples.labels),
+        "static": {"accuracy": float(static_right.double().mean()), "macs": dynamic.static_macs},
+        "final": {"accuracy": alone[-1]},
         "dynamic": {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
-        "exits": [
-            {"at": at, "share": share, "accuracy_on_all": accuracy(z, labels), **asdict(fitted)}
-            for at, share, z, fitted in zip(
-                [*dynamic.exits, "output"], chosen.shares, everything.logits, calibrations, strict=True
-            )
-        ],
+        "exits": [{"at": at, "share": share, "accuracy_on_all": right, **asdict(c)} for at, share, right, c in rows],
         "policy": dynamic.policy.to_dict(),
         "curve": [{"mean_macs": row.mean_macs, "accuracy": row.accuracy} for row in dynamic.table],
-        "risk": None if promise is None else {k: v for k, v in asdict(promise).items() if k != "policy"},
     }
+
+
+def _static_right(samples: Cached, static_logits: Tensor | None) -> Tensor:
+    """(N,) bool: whether the model that losses count from answers rightly."""
+    final = samples.logits[-1].argmax(-1) == samples.labels
+    if static_logits is None:
+        return final
+    static = static_logits.argmax(-1) == samples.labels
+    return static if static.sum() >= final.sum() else final
 
 
 def _halves(cached: Cached, seed: int) -> tuple[Cached, Cached]:
@@ -124,26 +129,23 @@ def _template(rule: str, cached: Cached, temperatures: Sequence[float]) -> ExitP
     return ExitPolicy(rule, (RULES[rule].bounds[0],) * len(temperatures), tuple(temperatures))
 
 
-def _search(
-    kind: SearchKind | None, template: ExitPolicy, cached: Cached, seed: int, progress: bool
-) -> ThresholdSearch | Candidates:
+def _search(kind: SearchKind | None, template: ExitPolicy, cached: Cached, seed: int, progress: bool) -> Search:
     kind = kind or ("genetic" if RULES[template.rule].remembers else "grid")
     if kind == "grid":
-        calibrated = [z / t for z, t in zip(cached.logits, (*template.temperatures, 1.0), strict=True)]
-        return ThresholdSearch(calibrated, cached.labels, cached.stage_macs, cached.head_macs, template.rule)
+        return cached.grid(template)
     if kind == "quota":
         return Candidates(by_quota(template, cached), cached)
     return Candidates(by_genetic_search(template, cached, seed=seed, progress=progress), cached)
 
 
-def _within_loss(search: ThresholdSearch | Candidates, static_right: Tensor, max_loss: float) -> OperatingPoint:
+def _within_loss(search: Search, static_right: Tensor, max_loss: float) -> OperatingPoint:
     static_accuracy = float(static_right.double().mean())
     target = static_accuracy - held_out_slack(search, static_right, max_loss)
     return search.for_accuracy(max(static_accuracy - max_loss, min(target, search.best_accuracy)))
 
 
 def _promise(
-    search: ThresholdSearch | Candidates, template: ExitPolicy, tuning: Cached, promising: Cached,
+    search: Search, template: ExitPolicy, tuning: Cached, promising: Cached,
     risk: float, delta: float, risk_of: RiskKind, seed: int,
 ) -> RiskControl:  # fmt: skip
     by_macs = [replace(template, thresholds=point.thresholds) for point in search.curve(_PATH_POINTS)]
@@ -192,8 +194,3 @@ def check_goal(
         check_rates(risk, 1 - confidence)
     if risk is not None and macs is not None:
         raise RequestError("a risk and a budget of MACs cannot both be kept: give one of them")
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The share (0..1) of rows of (N, classes) logits whose largest one is the label."""
-    return float((logits.argmax(-1) == labels).double().mean())

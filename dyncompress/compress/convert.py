@@ -22,9 +22,9 @@ from ..passes.capture import Inputs, capture
 from ..passes.exits import EVERY, InsertExits
 from ..runtime.dynamic import DynamicModel
 from .batches import LabelledData, device_of_model, examples_of, size_of, split_off, to_device
+from .candidates import collect_cached
 from .choose import RiskKind, SearchKind, check_goal, choose_policy
 from .data_free import COST, check_without_data, splits_of_impressions
-from .evaluate import collect_logits
 from .exit_quality import measure_exits
 from .exit_recipes import check_recipe, train_exits
 from .exit_search import search_exits
@@ -113,77 +113,49 @@ def convert(
         DynCompressError: the training failed.
     """
     leaving: dict[str, Any] = {
-        "rule": rule,
-        "threshold_search": threshold_search,
-        "max_loss": max_loss,
-        "macs": macs,
-        "risk": risk,
-        "confidence": confidence,
-        "risk_of": risk_of,
-    }
+        "rule": rule, "threshold_search": threshold_search, "max_loss": max_loss, "macs": macs, "risk": risk,
+        "confidence": confidence, "risk_of": risk_of,
+    }  # fmt: skip
     check_goal(**leaving)
     check_recipe(recipe, freeze_trunk, head)
     if data is None:
         check_without_data(recipe, freeze_trunk, risk, shots)
     if trunk_lr <= 0:
         raise RequestError(f"trunk_lr is {trunk_lr}: give a positive share of lr, or freeze the trunk")
-    splits = _divided(data, seed) if data is not None else None
-    if risk is not None and splits is not None:  # better known before the training than after it
-        count = size_of(splits[1], "calibration")
-        check_samples(count - count // 2, risk, 1 - confidence, with_labels=risk_of == "accuracy-loss")
+    splits = None if data is None else _divided(data, seed)
+    if splits is not None and risk is not None:
+        _check_promise(splits[1], risk, confidence, risk_of)
     if example_inputs is None:
-        if splits is None:
-            raise RequestError("give example_inputs, or data to take them from")
-        example_inputs = to_device(examples_of(splits[0]), device_of_model(model))
-    places = _places(exits)
+        example_inputs = _example(splits, model)
     captured = capture(model, example_inputs)
     device = torch.device(device) if device is not None else training_device()
     run: dict[str, Any] = {
-        "seed": seed,
-        "mixed_precision": mixed_precision,
-        "device": device,
-        "run_dir": run_dir,
-        "resume": resume,
+        "seed": seed, "mixed_precision": mixed_precision, "device": device, "run_dir": run_dir, "resume": resume,
         "progress": progress,
-    }
+    }  # fmt: skip
     if splits is None:
         warnings.warn(COST, stacklevel=2)
         splits = splits_of_impressions(captured, example_inputs, impressions, **run)
-    dynamic = DynamicModel(_with_exits(captured, EVERY if places == SEARCH else places, head, seed)).eval()
     train, calibration = splits
+    dynamic = DynamicModel(_with_exits(captured, exits, head, seed)).eval()
     if shots is not None:
         train = few_shot_training(train, shots, dynamic, recipe, seed)
-    needs_static = not freeze_trunk and not dynamic.per_position
-    static_logits = collect_logits(dynamic, calibration, device=device)[0][-1] if needs_static else None
+    static_logits = None if freeze_trunk else _final_logits(dynamic, calibration, device)
     history = train_exits(
-        dynamic,
-        train,
-        recipe=recipe,
-        epochs=epochs,
-        lr=lr,
-        trunk_lr=0.0 if freeze_trunk else trunk_lr,
-        batch_size=batch_size,
-        **run,
-    )
+        dynamic, train, recipe=recipe, epochs=epochs, lr=lr, trunk_lr=0.0 if freeze_trunk else trunk_lr,
+        batch_size=batch_size, **run,
+    )  # fmt: skip
+    report: dict[str, Any] = {"history": [asdict(epoch) for epoch in history]}
     if dynamic.per_position:
         warnings.warn("the model answers at every position: its exits are trained and measured, but off", stacklevel=2)
-        exits_report = measure_exits(dynamic, calibration, device=device)
-        _note(dynamic, {"history": [asdict(epoch) for epoch in history], "exits": exits_report})
-        return dynamic
-    searched = None
-    if places == SEARCH:
-        dynamic, searched = search_exits(dynamic, calibration, max_loss=max_loss, macs=macs, device=device)
-    report = choose_policy(
-        dynamic,
-        calibration,
-        **leaving,
-        static_logits=_better(static_logits, dynamic, calibration, device),
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
-    found = {} if searched is None else {"exit_search": searched}
-    _note(dynamic, {"history": [asdict(epoch) for epoch in history], **found, **report})
+        report["exits"] = measure_exits(dynamic, calibration, device=device)
+    else:
+        if exits == SEARCH:
+            dynamic, found = search_exits(dynamic, calibration, max_loss=max_loss, macs=macs, device=device)
+            report["exit_search"] = found
+        policy = {**leaving, "static_logits": static_logits, "seed": seed, "device": device, "progress": progress}
+        report |= choose_policy(dynamic, calibration, **policy)
+    dynamic.trunk.meta["info"] = {**dynamic.trunk.meta.get("info", {}), "convert": report}  # checkpoints carry it
     return dynamic
 
 
@@ -194,28 +166,26 @@ def _divided(data: HasSplits | LabelledData, seed: int) -> tuple[LabelledData, L
     return split_off(data, _CALIBRATION_SHARE, seed)
 
 
-def _better(
-    static_logits: Tensor | None, dynamic: DynamicModel, calibration: LabelledData, device: torch.device
-) -> Tensor | None:
-    """The static model's logits, unless the final exit has become better in training: losses count from there."""
-    if static_logits is None:
-        return None
-    logits, labels = collect_logits(dynamic, calibration, device=device)
-    right = [(z.argmax(-1) == labels).sum() for z in (static_logits, logits[-1])]
-    return static_logits if right[0] >= right[1] else None
+def _check_promise(calibration: LabelledData, risk: float, confidence: float, risk_of: RiskKind) -> None:
+    """Better known before the training than after it: whether half of the samples can promise the risk at all."""
+    count = size_of(calibration, "calibration")
+    check_samples(count - count // 2, risk, 1 - confidence, with_labels=risk_of == "accuracy-loss")
 
 
-def _places(exits: int | str | Sequence[str]) -> int | str | tuple[str, ...]:
-    return exits if isinstance(exits, int | str) else tuple(exits)
+def _example(splits: tuple[LabelledData, LabelledData] | None, model: nn.Module) -> Inputs:
+    if splits is None:
+        raise RequestError("give example_inputs, or data to take them from")
+    return to_device(examples_of(splits[0]), device_of_model(model))
 
 
-def _with_exits(gm: fx.GraphModule, places: int | str | tuple[str, ...], head: str, seed: int) -> fx.GraphModule:
+def _with_exits(gm: fx.GraphModule, exits: int | str | Sequence[str], head: str, seed: int) -> fx.GraphModule:
     """The captured model with exits, whose weights depend on the seed alone."""
+    places = exits if isinstance(exits, int | str) else tuple(exits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return InsertExits(places, head)(gm).gm
+        return InsertExits(EVERY if places == SEARCH else places, head)(gm).gm
 
 
-def _note(dynamic: DynamicModel, report: dict[str, Any]) -> None:
-    """Into the graph's info, which checkpoints carry."""
-    dynamic.trunk.meta["info"] = {**dynamic.trunk.meta.get("info", {}), "convert": report}
+def _final_logits(dynamic: DynamicModel, calibration: LabelledData, device: torch.device) -> Tensor | None:
+    """Of the labelled samples, before the trunk is trained; None for a model that answers at every position."""
+    return None if dynamic.per_position else collect_cached(dynamic, calibration, device).logits[-1]

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..runtime.policy import ExitPolicy
+from .points import Floats
 from .shares import shares_of, thresholds_for_shares
-from .thresholds import Floats
 
 _TIGHT_STEPS = 20
 

@@ -14,15 +14,14 @@ with one standard error of safety (the one-standard-error rule of Breiman et al.
 import numpy as np
 from torch import Tensor
 
-from .candidates import Candidates
-from .thresholds import ThresholdSearch
+from .points import Search
 
 _FOLDS = 5
 _DIVISIONS = 4
 _LEVELS = 11
 
 
-def held_out_slack(search: ThresholdSearch | Candidates, static_right: Tensor, max_loss: float) -> float:
+def held_out_slack(search: Search, static_right: Tensor, max_loss: float) -> float:
     """The accuracy to give away on the calibration set, 0..max_loss, so that `max_loss` holds for unseen samples.
 
     Args:

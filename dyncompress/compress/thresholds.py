@@ -12,42 +12,21 @@ fixed, until nothing improves.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from ..errors import RequestError
 from ..runtime.policy import RULES, check_rule
+from .points import Floats, Ints, Objective, OperatingPoint, Search, exit_costs, lexargmin
 
 _TABLE_SIZE = 250_000  # combinations of thresholds counted at once
 _MAX_EXITS = 16
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
-# (right answers, MACs), both summed over the samples -> what to minimise first (infinite: not allowed) and second.
-Objective = Callable[[Floats, Floats], tuple[Floats, Floats]]
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """One choice of thresholds and what it does on the calibration set.
-
-    thresholds: one per early exit, as `ExitPolicy` takes them; None = the exit is off.
-    accuracy: 0..1. mean_macs: multiply-adds per sample. shares: of samples answered by each exit, the final one last.
-    """
-
-    thresholds: tuple[float | None, ...]
-    accuracy: float
-    mean_macs: float
-    shares: tuple[float, ...]
-
-
-class ThresholdSearch:
+class ThresholdSearch(Search):
     """Searches the thresholds of K early exits.
 
     Args:
@@ -71,7 +50,7 @@ class ThresholdSearch:
     ) -> None:
         _check(logits, labels, stage_macs, head_macs, rule)
         self.stage_macs, self.head_macs = np.asarray(stage_macs, np.float64), np.asarray(head_macs, np.float64)
-        self.right: Floats = np.stack([(z.argmax(-1) == labels).double().cpu().numpy() for z in logits])
+        self.right = np.stack([(z.argmax(-1) == labels).double().cpu().numpy() for z in logits])
         # scores are signed so that the higher is the surer; `worst` is the least there can be
         self.sign, self.worst = (1.0, 0.0) if RULES[rule].high_leaves else (-1.0, -1.0)
         scores = [self.sign * RULES[rule].score(z).double().cpu().numpy() for z in logits[:-1]]
@@ -86,53 +65,14 @@ class ThresholdSearch:
         return part
 
     @property
-    def samples(self) -> int:
-        """The number of samples."""
-        return self.scores.shape[1]
-
-    @property
     def exits(self) -> int:
         """The number of early exits."""
         return self.scores.shape[0]
-
-    @property
-    def best_accuracy(self) -> float:
-        """The highest accuracy (0..1) that any thresholds reach."""
-        return float(self._tables[0].max() / self.samples)
 
     def right_with(self, thresholds: Sequence[float | None]) -> Floats:
         """Whether each sample is answered rightly under these thresholds: (N,) of 0 and 1."""
         inner = np.array([np.inf if t is None else self.sign * t for t in thresholds])
         return self.right[self._leave_at(inner), np.arange(self.samples)]
-
-    def for_accuracy(self, accuracy: float) -> OperatingPoint:
-        """The least mean MACs with at least this accuracy (0..1).
-
-        Raises:
-            RequestError: no thresholds reach it; the message says what is possible.
-        """
-        need = accuracy * self.samples - 1e-6
-        if self.best_accuracy * self.samples < need:
-            raise RequestError(
-                f"no thresholds reach an accuracy of {accuracy:.4f} on the calibration set, the best is "
-                f"{self.best_accuracy:.4f}: allow a larger loss or train longer"
-            )
-        return self._search(lambda right, macs: (np.where(right >= need, macs, np.inf), -right))
-
-    def for_macs(self, macs: float) -> OperatingPoint:
-        """The best accuracy with at most this many mean MACs per sample.
-
-        Raises:
-            RequestError: even the first exit costs more; the message says what is possible.
-        """
-        limit = macs * self.samples * (1 + 1e-9)
-        least = self._tables[1].min()
-        if least > limit:
-            raise RequestError(
-                f"no thresholds keep the mean within {macs:.0f} MACs, the least is {least / self.samples:.0f}: "
-                "allow more or put the first exit earlier"
-            )
-        return self._search(lambda right, macs: (np.where(macs <= limit, -right, np.inf), macs))
 
     def curve(self, points: int = 20) -> list[OperatingPoint]:
         """The best accuracy at `points` budgets evenly spaced from the cheapest choice to the dearest, in order."""
@@ -197,7 +137,7 @@ class ThresholdSearch:
 
     def _search(self, objective: Objective) -> OperatingPoint:
         first, second = objective(*self._tables)
-        start = _best(first.ravel(), second.ravel())
+        start = lexargmin(first.ravel(), second.ravel())
         thresholds, value = self._on_grid(start), (first.flat[start], second.flat[start])
         improved = True
         while improved:
@@ -205,7 +145,7 @@ class ThresholdSearch:
             for k in range(self.exits):
                 moves, right, macs = self._moves(thresholds, k)
                 first, second = objective(right, macs)
-                best = _best(first, second)
+                best = lexargmin(first, second)
                 if (first[best], second[best]) < value:
                     thresholds[k], value, improved = moves[best], (first[best], second[best]), True
         return self._point(thresholds)
@@ -230,9 +170,7 @@ class ThresholdSearch:
         )
 
     def _costs(self, thresholds: Floats) -> Floats:
-        """What a sample that leaves at each exit has cost: (K + 1,) MACs."""
-        heads = np.append(np.where(np.isfinite(thresholds), self.head_macs, 0), 0)
-        return np.cumsum(self.stage_macs + heads)
+        return exit_costs(self.stage_macs, self.head_macs, np.isfinite(thresholds))
 
     def _leave_at(self, thresholds: Floats) -> Ints:
         """The exit that answers each sample, the final one where none is sure: (N,)."""
@@ -241,20 +179,9 @@ class ThresholdSearch:
 
     def _point(self, thresholds: Floats) -> OperatingPoint:
         at = self._leave_at(thresholds)
-        shares = np.bincount(at, minlength=self.exits + 1) / self.samples
-        used = np.where(shares[:-1] > 0, thresholds, np.inf)
-        return OperatingPoint(
-            thresholds=tuple(float(self.sign * t) if np.isfinite(t) else None for t in used),
-            accuracy=float(self.right[at, np.arange(self.samples)].mean()),
-            mean_macs=float(self._costs(used)[at].mean()),
-            shares=tuple(shares.tolist()),
-        )
-
-
-def _best(first: Floats, second: Floats) -> int:
-    """The index of the least `first`, of those the least `second`."""
-    ties = np.flatnonzero(first == first.min())
-    return int(ties[second[ties].argmin()])
+        used = np.where(np.isin(np.arange(self.exits), at), thresholds, np.inf)
+        named = tuple(float(self.sign * t) if np.isfinite(t) else None for t in used)
+        return OperatingPoint.of(named, at, self.right[at, np.arange(self.samples)], self._costs(used)[at])
 
 
 def _check(
