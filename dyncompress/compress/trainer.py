@@ -92,7 +92,8 @@ def fit(
         keep_eval: modules that stay in eval mode, such as a frozen trunk with its BatchNorm and dropout.
         after_step: called after every optimiser step with its number from 0.
         optimizer: makes one of parameters and lr, such as `partial(torch.optim.SGD, momentum=0.9)`.
-        surgeon: acts after every step; the model that it puts in place of `model` is its own to hand on.
+        surgeon: acts after every step; the model that it puts in place of `model` is its own to hand on. Where it asks
+            for it, batches and learning rates grow as that model needs less memory.
         mixed_precision: "no", "fp16" or "bf16"; None = what accelerate is configured to.
         device: None = what accelerate chooses.
         run_dir: where the state is saved after every epoch, in `training.pt`.
