@@ -1,0 +1,177 @@
+"""BranchyNet's LeNet on MNIST: how many leave at its branch, what that costs in accuracy, and what it saves.
+
+    python benchmarks/lenet.py [--data mnist] [--net branchynet] [--seeds 3] [--out FOLDER]    writes lenet.json
+
+The network is trained alone; its copies then get the branch, on a frozen trunk or together with it, as BranchyNet does. Thresholds are those that lose nothing on the calibration split; everything else
+is of the test split. Milliseconds per call at 1, 16 and 256 samples, one thread, static and dynamic taking turns, in
+PyTorch and, exported, in onnxruntime; "all leave" is the same network under a policy that lets everyone leave at the
+branch: no threshold can be faster. What is measured is not measured again.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnxruntime
+import torch
+from data import available, splits
+from torch import Tensor, nn
+from vs_torch_pruning import write
+
+import dyncompress as dc
+from dyncompress.compress.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.losses import cross_entropy
+from dyncompress.compress.trainer import fit
+from dyncompress.model_zoo import Splits, build
+
+RESULTS = Path(__file__).with_suffix(".json")
+FIRST, EPOCHS, BATCH, LR = 4, 4, 128, 3e-3
+CALLS = {1: 200, 16: 32, 256: 8}
+RULE, EVERYONE, REPEATS = "entropy", 1.0, 15
+
+
+class BranchyLeNet(nn.Module):
+    """The network of BranchyNet's experiment: three padded convolutions, a branch after the first, two linear layers.
+
+    (B, 1, 28, 28) float -> (B, 10) logits; with `branched`, the branch's and these. The zoo's LeNet-5 has fewer
+    multiply-adds behind its first convolution: leaving there saves at most a factor of 3.5.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branched = False
+        self.conv1 = nn.Conv2d(1, 5, 5, padding=3)
+        self.conv2 = nn.Conv2d(5, 10, 5, padding=3)
+        self.conv3 = nn.Conv2d(10, 20, 5, padding=3)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.fc = nn.Linear(20 * 6 * 6, 84)
+        self.classifier = nn.Linear(84, 10)
+        self.branch = nn.Conv2d(5, 10, 3, padding=1)
+        self.branch_classifier = nn.Linear(10 * 8 * 8, 10)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        first = torch.relu(self.pool(self.conv1(x)))
+        x = torch.relu(self.pool(self.conv2(first)))
+        x = torch.relu(self.pool(self.conv3(x)))
+        logits = self.classifier(self.fc(x.flatten(1)))
+        if not self.branched:
+            return logits
+        return self.branch_classifier(torch.relu(self.pool(self.branch(first))).flatten(1)), logits
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "branchynet": (BranchyLeNet, "own"),
+    "lenet-5": (partial(build, "lenet", channels=1), ("max_pool2d",)),
+}
+
+
+def trained(name: str, seed: int, data: Splits, out: Path) -> nn.Module:
+    """The static network of a seed, or what an interrupted training left of it."""
+    torch.manual_seed(seed)
+    net = NETS[name][0]().to(memory_format=torch.channels_last)  # pooling is three times as fast
+    fit(
+        net, cross_entropy, data.train, epochs=FIRST, lr=LR, batch_size=BATCH, seed=seed, device="cpu", run_dir=out,
+        resume=out.exists(), progress=True,
+    )  # fmt: skip
+    return net.eval()
+
+
+def converted(net: nn.Module, exits: Any, joint: bool, data: Splits, seed: int, path: Path) -> dc.DynamicModel:
+    """The network with its branch trained, taken from `path` where an earlier run has left it."""
+    if not path.exists():
+        if isinstance(net, BranchyLeNet):
+            net.branched = True
+        dynamic = dc.convert(
+            net, exits=exits, data=data, recipe="weighted", epochs=EPOCHS, lr=LR, batch_size=BATCH, seed=seed,
+            freeze_trunk=not joint, trunk_lr=1.0, rule=RULE, max_loss=0.0, device="cpu",
+        )  # fmt: skip
+        dc.save(dynamic, path)
+    loaded = dc.load(path)
+    assert isinstance(loaded, dc.DynamicModel)
+    return loaded.to(memory_format=torch.channels_last)
+
+
+def measure(static: nn.Module, dynamic: dc.DynamicModel, data: Splits) -> dict[str, Any]:
+    """A network with a branch beside the one it was made from."""
+    found = dc.evaluate(dynamic, data.test)
+    alone = [dynamic.with_policy(dc.ExitPolicy(RULE, (at,))) for at in (EVERYONE, None)]
+    return {
+        "accuracy": round(found.accuracy, 4),
+        "left_at_branch": round(found.exits[0].share, 4),
+        "accuracy_if_all_leave": round(dc.evaluate(alone[0], data.test).accuracy, 4),
+        "accuracy_if_none_leaves": round(dc.evaluate(alone[1], data.test).accuracy, 4),
+        "macs": {"static": dynamic.static_macs, "branch": dynamic.exit_macs[0], "mean": round(found.mean_macs or 0)},
+        "macs_speed_up": round(dynamic.static_macs / found.mean_macs, 2) if found.mean_macs else None,
+        "pytorch": times({"static": static, "dynamic": dynamic.predict, "all leave": alone[0].predict}, data),
+        "onnxruntime": in_onnxruntime({"static": alone[1], "dynamic": dynamic, "all leave": alone[0]}, data),
+    }
+
+
+def times(models: dict[str, Callable[..., Any]], data: Splits) -> dict[str, Any]:
+    """Milliseconds per call by batch size, and how many times faster than the static network."""
+    taken = measure_latency(models, latency_inputs(data.test, CALLS), REPEATS)
+    rows: dict[str, Any] = {}
+    for name, by_batch in taken.items():
+        rows[name] = {"ms": {str(batch): round(ms, 4) for batch, ms in by_batch.items()}}
+        if name != "static":
+            rows[name]["speed_up"] = {str(b): round(taken["static"][b] / ms, 2) for b, ms in by_batch.items()}
+    return rows
+
+
+def in_onnxruntime(models: dict[str, dc.DynamicModel], data: Splits) -> dict[str, Any]:
+    """The same of the exported networks."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    with TemporaryDirectory() as folder:
+        runs: dict[str, Callable[..., Any]] = {}
+        for name, model in models.items():
+            path = Path(folder) / f"{name}.onnx"
+            dc.export_onnx(model, path)
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            runs[name] = partial(_run, session, session.get_inputs()[0].name)
+        return times(runs, data)
+
+
+def _run(session: onnxruntime.InferenceSession, name: str, x: Tensor) -> Any:
+    return session.run(["logits"], {name: x.numpy()})
+
+
+def main() -> None:
+    """Measures what the results lack."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="mnist", choices=("mnist", "fashion_mnist"))
+    parser.add_argument("--net", default="branchynet", choices=list(NETS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/lenet"))
+    asked = parser.parse_args()
+    if not available():
+        raise SystemExit("the data sets of benchmarks are not there")
+    torch.set_num_threads(1)
+    data, key = splits(asked.data), f"{asked.data} {asked.net}"
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    nets = found.get("networks", {})
+    for seed in range(asked.seeds):
+        rows = nets.setdefault(key, {}).setdefault(str(seed), {})
+        for name, joint in (("joint", True), ("frozen", False)):
+            if name in rows:
+                continue
+            folder = asked.out / f"{asked.data}-{asked.net}-{seed}"
+            net = trained(asked.net, seed, data, folder)
+            rows["static"] = {"accuracy": round(dc.evaluate(net, data.test).accuracy, 4)}
+            static = dc.capture(net, data.test[0][0][None].repeat(2, 1, 1, 1)).eval()
+            dynamic = converted(net, NETS[asked.net][1], joint, data, seed, folder / f"{name}.dyn")
+            rows[name] = measure(static, dynamic, data)
+            print(key, seed, name, json.dumps(rows[name]), flush=True)
+            versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+            start = {"command": "python benchmarks/lenet.py", "machine": platform.machine(), "threads": 1, **versions}
+            setting = {"first": FIRST, "epochs": EPOCHS, "batch": BATCH, "lr": LR, "rule": RULE}
+            write(RESULTS, {**start, "setting": setting, "networks": nets})
+
+
+if __name__ == "__main__":
+    main()
