@@ -11,6 +11,7 @@
     frozen-teacher  FastBERT 2020: the model alone, then frozen, and the exits learn its answers, without labels
     balanced        gradient equilibrium (Li et al. 2019): the trunk's gradients divided by the number of exits behind
     ztw             Zero Time Waste 2021: cascading heads, then, alone, the ensembles of their answers
+    meta            first-order MAML (Finn et al. 2017): heads from which a few steps on a few samples lead far
 
 With a frozen trunk the phases that train the model alone fall away. Where the trunk learns, a last phase with the trunk
 frozen is frozen in evaluation mode: batch norms and dropout too.
@@ -35,6 +36,7 @@ from .batches import LabelledData, size_of
 from .distill import SelfDistillation
 from .exit_losses import ExitLoss, FrozenTeacher, Hints, Ramped, Teachers, Weighted
 from .hints import Hinted, Tapped, Taught
+from .meta_exits import train_meta
 from .trainer import Epoch, Optimizer, fit
 
 _BRANCHY = (1.0, 0.3)  # weights of the first and of the last exit
@@ -78,15 +80,19 @@ RECIPES: dict[str, tuple[Phase, ...]] = {
     "ztw": (Phase(_sum, "answers"), Phase(_sum, "ensembles")),
 }
 
+META = "meta"  # is no phases of losses, see `meta_exits`
+
 WITHOUT_LABELS = ("distill", "distill-all", "hints", "frozen-teacher")  # learn from samples labelled -1
 
 
 def check_recipe(recipe: str, freeze_trunk: bool, head: str) -> None:
     """Raises RequestError for a recipe that does not exist, or not with such a trunk or such heads."""
-    if recipe not in RECIPES:
-        raise RequestError(f"recipe={recipe!r}: use one of {', '.join(RECIPES)}")
+    if recipe not in (*RECIPES, META):
+        raise RequestError(f"recipe={recipe!r}: use one of {', '.join((*RECIPES, META))}")
     if recipe == "balanced" and freeze_trunk:
         raise RequestError('recipe="balanced" divides the gradients of the trunk, which is frozen: unfreeze it')
+    if recipe == META and (not freeze_trunk or head == "cascade"):
+        raise RequestError('recipe="meta" trains each head by itself: freeze the trunk, and take no cascade')
     if recipe == "ztw" and head != "cascade":
         raise RequestError('recipe="ztw" trains cascading heads: give head="cascade"')
 
@@ -106,13 +112,15 @@ def train_exits(
     """Trains all exits in place; every phase takes `epochs`. Further `options` are those of `trainer.fit`.
 
     Args:
-        recipe: a name in RECIPES.
+        recipe: a name in RECIPES, or META.
         lr: peak learning rate of the heads. trunk_lr: of the rest, as a share of it; 0 = frozen, in eval mode.
         run_dir: a recipe of several phases keeps each in a folder of its own there.
 
     Raises:
         RequestError: the recipe does not go with the model, or as `fit`.
     """
+    if recipe == META:
+        return train_meta(dynamic, train, lr=lr, batch_size=batch_size, epochs=epochs, run_dir=run_dir, **options)
     phases = [p for p in RECIPES[recipe] if trunk_lr > 0 or p.moves != "trunk"]
     processes = PartialState().num_processes
     size = size_of(train, "training")

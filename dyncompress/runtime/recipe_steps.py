@@ -20,6 +20,7 @@ TrainingRecipe = Literal[
     "frozen-teacher",
     "balanced",
     "ztw",
+    "meta",
 ]
 
 

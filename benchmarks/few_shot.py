@@ -1,0 +1,117 @@
+"""Exits that learn from k labelled samples of every class: plainly, distilled from blends, or meta-learned.
+
+    python benchmarks/few_shot.py [--names vgg-digits resnet-digits] [--seeds 3]      writes few_shot.json
+
+Three exits on a frozen trunk. A row's figures are of 600 test samples: the accuracy of every exit, and of the dynamic
+model at 0.6 of the static model's MACs with thresholds chosen on these samples, which judges the exits alone.
+
+    ce        recipe "sum" on the samples, 64 epochs
+    ce, sgd   the same heads and samples, 64 epochs of SGD with momentum, as "meta" has, instead of AdamW
+    distill   recipe "distill" on blends, 2 epochs of 4,096
+    meta      recipe "meta", 2 epochs of 2,048 samples in episodes
+
+What the JSON has is not measured again.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.data import Subset
+
+import dyncompress as dc
+from dyncompress.compress.batches import examples_of
+from dyncompress.compress.evaluate import collect_logits
+from dyncompress.compress.exit_losses import Weighted
+from dyncompress.compress.exit_recipes import train_exits
+from dyncompress.compress.few_samples import few_shot_training
+from dyncompress.compress.meta_exits import Heads, Read
+from dyncompress.compress.thresholds import ThresholdSearch
+from dyncompress.compress.trainer import fit
+from dyncompress.model_zoo import models
+from dyncompress.model_zoo.data import Splits
+from dyncompress.passes.exits import InsertExits
+from dyncompress.passes.stages import split_stages
+
+NAMES, SHOTS = ("vgg-digits", "resnet-digits"), (1, 5, 20)
+RECIPES = {"ce": ("sum", 64), "ce, sgd": ("sum", 64), "distill": ("distill", 2), "meta": ("meta", 2)}
+LR, BATCH, EXITS, TESTED, BUDGET = 1e-2, 128, 3, 600, 0.6
+QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
+
+
+def main() -> None:
+    """Adds every row to the JSON as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    target, data = Path(__file__).with_suffix(".json"), dc.load_data("digits")
+    runs: dict[str, Any] = json.loads(target.read_text())["runs"] if target.exists() else {}
+    graphs = {name: dc.capture(models.load(name), examples_of(data.train)) for name in given.names}
+    for seed in range(given.seeds):
+        for name, graph in graphs.items():
+            for shots in SHOTS:
+                for row in RECIPES:
+                    key = f"{name}, {shots} shots, {row}, seed {seed}"
+                    if key not in runs:
+                        runs[key] = measured(row, graph, data, shots, seed)
+                        print(key, json.dumps(runs[key]), flush=True)
+                        target.write_text(json.dumps({"mean": means(runs), "runs": runs}, indent=1) + "\n")
+
+
+def measured(row: str, graph: fx.GraphModule, data: Splits, shots: int, seed: int) -> dict[str, Any]:
+    """The figures of one row; seconds are the processor's."""
+    torch.manual_seed(seed)
+    dynamic = dc.DynamicModel(InsertExits(EXITS)(graph).gm).eval()
+    begin = time.process_time()
+    train(row, dynamic, data, shots, seed)
+    seconds = round(time.process_time() - begin, 1)
+    logits, labels = collect_logits(dynamic, Subset(data.test, range(TESTED)))
+    stages = split_stages(dynamic.trunk)
+    search = ThresholdSearch(logits, labels, [s.macs for s in stages], [s.head_macs for s in stages[:-1]])
+    return {
+        f"at_{BUDGET}": round(search.for_macs(BUDGET * dynamic.static_macs).accuracy, 4),
+        "exits": [round(float((z.argmax(-1) == labels).double().mean()), 4) for z in logits],
+        "seconds": seconds,
+    }
+
+
+def train(row: str, dynamic: dc.DynamicModel, data: Splits, shots: int, seed: int) -> None:
+    """The exits, in place."""
+    recipe, epochs = RECIPES[row]
+    few = few_shot_training(data.train, shots, dynamic, recipe, seed)
+    options: dict[str, Any] = {"lr": LR, "epochs": epochs, "batch_size": BATCH, "seed": seed, **QUIET}
+    if row != "ce, sgd":
+        train_exits(dynamic, few, recipe=recipe, trunk_lr=0.0, **options)
+        return
+    heads = Heads(dynamic.trunk)
+    read, sgd = Read.by(dynamic, few, BATCH, "cpu"), partial(torch.optim.SGD, momentum=0.9)
+    fit(heads, Weighted([1.0] * EXITS), read, parameters=heads.own(), optimizer=sgd, **options)
+
+
+def means(runs: dict[str, Any]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds of accuracy within the budget, and the mean of the early exits."""
+    found: dict[str, list[Any]] = {}
+    for key, figures in runs.items():
+        found.setdefault(key.rpartition(", seed")[0], []).append(figures)
+    return {
+        key: {
+            f"at_{BUDGET}": round(statistics.fmean(f[f"at_{BUDGET}"] for f in rows), 4),
+            "sd": round(statistics.pstdev(f[f"at_{BUDGET}"] for f in rows), 4),
+            "exits": [round(statistics.fmean(e), 4) for e in zip(*(f["exits"] for f in rows), strict=True)],
+            "seconds": round(statistics.fmean(f["seconds"] for f in rows), 1),
+            "seeds": len(rows),
+        }
+        for key, rows in found.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
