@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .passes.capture import capture
     from .passes.exits import InsertExits
     from .passes.fold import FoldBatchNorm
+    from .passes.gates import InsertGates
     from .passes.low_rank import LowRank
     from .passes.plan import Plan, plan
     from .passes.shrink import mask, shrink
@@ -36,6 +37,7 @@ _HOMES = {
     "passes.capture": ("capture",),
     "passes.exits": ("InsertExits",),
     "passes.fold": ("FoldBatchNorm",),
+    "passes.gates": ("InsertGates",),
     "passes.low_rank": ("LowRank",),
     "passes.plan": ("Plan", "plan"),
     "passes.shrink": ("mask", "shrink"),
@@ -67,6 +69,7 @@ __all__ = [
     "ExitPolicy",
     "FoldBatchNorm",
     "InsertExits",
+    "InsertGates",
     "LowRank",
     "Plan",
     "Prediction",

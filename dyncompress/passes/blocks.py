@@ -7,7 +7,7 @@ After each node, the live values are those computed so far and used later. A cut
     remade       batch sizes, devices, parameters and what only they make: never live, made again after the cut
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from .cost import node_macs
 from .dims import leaves
 from .lift import device_of
-from .mutation import aliases
+from .mutation import overwritten
 from .typing import Typing, attribute, type_graph
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ class CutPoint:
     """A place right after `node`, a per-sample tensor that parameters have worked on.
 
     `live` are all values that cross, in graph order; `single` says that `node` is the only learned per-sample one
-    (inputs and masks may travel along); `macs` per sample are spent up to and including `node`.
+    (inputs, masks and what skip gates know may travel along); `macs` per sample are spent up to and including `node`.
     """
 
     node: fx.Node
@@ -56,9 +56,13 @@ def cut_points(gm: fx.GraphModule, types: Typing | None = None) -> list[CutPoint
         if node in flow.learned and flow.per_sample(node):
             live = flow.live_after(node)
             if node in live and all(map(flow.crosses, live)):
-                single = sum(n in flow.learned and flow.per_sample(n) for n in live) == 1
+                single = sum(n in flow.learned and flow.per_sample(n) and not _of_gates(gm, n) for n in live) == 1
                 found.append(CutPoint(node, live, single, spent))
     return found
+
+
+def _of_gates(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return "gates" in gm.meta and node.meta.get("path", "").partition(".")[0] == "gates"
 
 
 def blocks(gm: fx.GraphModule, types: Typing | None = None) -> list[Block]:
@@ -104,7 +108,7 @@ class Flow:
 
     def crosses(self, node: fx.Node) -> bool:
         """Whether a live value may cross a cut."""
-        if _overwritten_later(node):
+        if overwritten(node):
             return False  # an exit head there would lose what it saved for its backward pass
         if self.per_sample(node):
             return True
@@ -116,6 +120,11 @@ class Flow:
         at = self.order[node]
         live = [n for n, last in self._last_use.items() if self.order[n] <= at < last]
         return tuple(sorted(live, key=self.order.__getitem__))
+
+    def entering(self, nodes: Collection[fx.Node]) -> tuple[fx.Node, ...]:
+        """What a stretch of the graph needs of the rest, in graph order."""
+        needed = {n for node in nodes for n in self._needs[node]}
+        return tuple(sorted(needed.difference(nodes), key=self.order.__getitem__))
 
     def _classify(self, gm: fx.GraphModule, node: fx.Node, macs: int) -> None:
         if _has_parameters(gm, node) or any(n in self.learned for n in node.all_input_nodes):
@@ -152,7 +161,7 @@ class Flow:
     def _can_be_remade(self, node: fx.Node) -> bool:
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         inputs = (n in self.remade or n not in self._from_batch for n in node.all_input_nodes)
-        return node.op == "call_function" and not random and all(inputs) and not _overwritten_later(node)
+        return node.op == "call_function" and not random and all(inputs) and not overwritten(node)
 
     def _note_uses(self, node: fx.Node) -> None:
         """Values that `node` needs, through remade ones; a remade node uses nothing itself."""
@@ -184,9 +193,3 @@ def _has_parameters(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "get_attr":
         return isinstance(attribute(gm, str(node.target)), nn.Parameter)
     return node.op == "call_module" and any(True for _ in gm.get_submodule(str(node.target)).parameters())
-
-
-def _overwritten_later(node: fx.Node) -> bool:
-    """Whether an in-place operator writes to `node`, directly or through a view of it."""
-    calls = [(user, writes) for user in node.users for arg, writes in aliases(user) if arg is node]
-    return any(writes or _overwritten_later(user) for user, writes in calls)

@@ -14,6 +14,7 @@ from ..errors import RequestError
 from .blocks import Flow, cut_points
 from .copying import deep_copy
 from .cost import count_macs, count_parameters, node_macs
+from .gated import inside_gates
 from .head_choice import CASCADE, COPY, HEAD_KINDS, Place, last_place_like, make_head
 from .head_modules import Cascade, Ensemble
 from .heads import VectorHead, head_spec
@@ -148,11 +149,15 @@ def _named_logits(gm: fx.GraphModule) -> fx.Node | None:
 
 
 def exit_places(gm: fx.GraphModule, types: Typing, logits: fx.Node) -> list[Place]:
-    """Every cut point whose tensor a head can read, in graph order; not before a vocabulary's decoder, as dear."""
+    """Every cut point whose tensor a head can read, in graph order; not before a vocabulary's decoder, as dear.
+
+    None is inside a branch that may be skipped.
+    """
     most_weights = int(min(_HEAD_MACS * count_macs(gm), _HEAD_PARAMETERS * count_parameters(gm)))
     specs = ((p, head_spec(types, p.node, logits.meta["val"], most_weights)) for p in cut_points(gm, types))
     total = count_macs(gm)
-    found = [Place(point, spec) for point, spec in specs if spec is not None and point.node is not logits]
+    apart = {logits} | inside_gates(gm)
+    found = [Place(point, spec) for point, spec in specs if spec is not None and point.node not in apart]
     return [p for p in found if p.point.macs + p.position_macs < total]
 
 

@@ -117,20 +117,21 @@ def insert_head(gm: fx.GraphModule, path: str, head: nn.Module, inputs: tuple[fx
         return call
     examples = tuple(torch.zeros(2, *n.meta["val"].shape[1:], dtype=n.meta["val"].dtype) for n in inputs)
     taken = capture(head.to(examples[0].dtype), examples)
-    gm.add_submodule(path, _container(taken).to(reference.device).train(gm.training))
-    return _inline(gm, path, taken, inputs, after)
+    gm.add_submodule(path, container(taken).to(reference.device).train(gm.training))
+    return inline(gm, path, taken, inputs, after)
 
 
-def _container(taken: fx.GraphModule) -> nn.Module:
-    """A plain module that holds what a graph module holds."""
+def container(module: nn.Module) -> nn.Module:
+    """A plain module that holds what another one holds."""
     plain = nn.Module()
-    plain._modules, plain._parameters, plain._buffers = taken._modules, taken._parameters, taken._buffers
+    plain._modules, plain._parameters, plain._buffers = module._modules, module._parameters, module._buffers
     return plain
 
 
-def _inline(
+def inline(
     gm: fx.GraphModule, path: str, taken: fx.GraphModule, inputs: tuple[fx.Node, ...], after: fx.Node
 ) -> fx.Node:
+    """Writes the operators of `taken`, whose modules are at `path`, after a node; returns its result."""
     placeholders = taken.graph.find_nodes(op="placeholder")
     copies: dict[fx.Node, fx.Node] = dict(zip(placeholders, inputs, strict=True))
     (result,) = taken.graph.output_node().all_input_nodes

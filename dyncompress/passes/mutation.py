@@ -30,3 +30,9 @@ def aliases(node: fx.Node) -> list[tuple[fx.Node, bool]]:
     pairs = zip(schema.arguments, node.args, strict=False)
     known = [(arg, a.alias_info) for a, arg in pairs if a.alias_info is not None and isinstance(arg, fx.Node)]
     return [(arg, info.is_write) for arg, info in known]
+
+
+def overwritten(node: fx.Node) -> bool:
+    """Whether an in-place operator writes to `node`, directly or through a view of it."""
+    calls = [(user, writes) for user in node.users for arg, writes in aliases(user) if arg is node]
+    return any(writes or overwritten(user) for user, writes in calls)

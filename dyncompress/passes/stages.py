@@ -5,7 +5,7 @@ and parameters make are made again in each stage from its own first per-sample i
 reach the modules and parameters of the whole graph through their child `trunk`, so that nothing in them goes stale.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -14,6 +14,7 @@ from ..errors import RequestError
 from .blocks import Flow, like, remake
 from .cost import node_macs
 from .exits import plain_outputs
+from .gated import Skipping, graph_gates
 from .insertion import Exit, all_logits, exit_nodes, graph_exits
 from .typing import type_graph
 
@@ -25,7 +26,8 @@ class Stage:
     `body` takes the values named `inputs` (the `outputs` of the stage before; the first: the model's flat inputs) and
     returns the tuple of those named `outputs`. `per_sample[i]` says that dim 0 of `outputs[i]` is the batch. `head`
     reads the output named `at`; the last stage has none, and `at` is its logits. `macs` and `head_macs` are for one
-    sample.
+    sample. Of a graph with skip gates, `branch_macs` are those of the branches that a stage may skip, which `macs`
+    include; its body returns their decisions, (N,) bool each, behind the outputs.
     """
 
     body: fx.GraphModule
@@ -36,11 +38,24 @@ class Stage:
     per_sample: list[bool]
     macs: int
     head_macs: int
+    branch_macs: tuple[int, ...]
 
 
 def without_exits(gm: fx.GraphModule) -> fx.GraphModule:
-    """The static graph inside a graph with exits: the user's own call, the final logits; shares all modules of `gm`."""
-    return _without(gm, exit_nodes(gm))
+    """The graph inside a graph with exits: the user's own call, the final logits; shares all modules of `gm`.
+
+    Branches with a skip gate run on the samples that need them.
+    """
+    whole = _without(gm, exit_nodes(gm))
+    skipping = _skipping(gm, whole, Flow(whole, type_graph(whole))) if gm.meta.get("gates") else None
+    if skipping is None:
+        return whole
+    graph, branches = fx.Graph(), nn.Module()
+    graph.set_codegen(whole.graph._codegen)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in whole.graph.nodes:
+        skipping.copy(graph, branches, node, copies, copies.__getitem__)
+    return _body(gm, graph, branches)
 
 
 def _without(gm: fx.GraphModule, dropped: Collection[fx.Node]) -> fx.GraphModule:
@@ -61,11 +76,12 @@ def split_stages(gm: fx.GraphModule) -> list[Stage]:
     """The K + 1 stages of a graph with K exits, early first.
 
     Raises:
-        RequestError: the graph has no exits, or an exit where it cannot be cut.
+        RequestError: the graph has neither exits nor skip gates, or an exit where it cannot be cut.
     """
-    exits = graph_exits(gm)
+    exits = graph_exits(gm) if gm.meta.get("exits") or not gm.meta.get("gates") else []
     whole = _without(gm, {node for exit in exits for node in exit.nodes})
     flow, macs, head_macs = Flow(whole, type_graph(whole)), node_macs(whole), node_macs(gm)
+    skipping = _skipping(gm, whole, flow)
     by_name = {node.name: node for node in whole.graph.nodes}
     nodes = [n for n in whole.graph.nodes if n.op not in {"placeholder", "output"}]
     live = tuple(whole.graph.find_nodes(op="placeholder"))
@@ -75,12 +91,12 @@ def split_stages(gm: fx.GraphModule) -> list[Stage]:
         end = nodes.index(at) + 1
         crossing = _crossing(flow, at)
         head = exit.module(gm) or _body(gm, _head_graph(exit))
-        stage = _stage(gm, flow, macs, live, nodes[:end], crossing, at)
+        stage = _stage(gm, skipping, macs, live, nodes[:end], crossing, at)
         stages.append(replace(stage, head=head, head_macs=sum(head_macs[n] for n in exit.nodes)))
         nodes, live = nodes[end:], crossing
     logits = whole.graph.output_node().args[0]
     assert isinstance(logits, fx.Node)
-    return [*stages, _stage(gm, flow, macs, live, nodes, (logits,), logits)]
+    return [*stages, _stage(gm, skipping, macs, live, nodes, (logits,), logits)]
 
 
 def _crossing(flow: Flow, at: fx.Node) -> tuple[fx.Node, ...]:
@@ -104,29 +120,46 @@ def _head_graph(exit: Exit) -> fx.Graph:
     return graph
 
 
+def _skipping(gm: fx.GraphModule, whole: fx.GraphModule, flow: Flow) -> Skipping:
+    """What runs the gated branches of `whole`, which has the nodes of `gm`."""
+
+    def body(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:
+        return _piece(gm, Skipping([], flow, body), inputs, nodes, outputs)
+
+    return Skipping(graph_gates(gm, whole.graph), flow, body)
+
+
 def _stage(
     gm: fx.GraphModule,
-    flow: Flow,
+    skipping: Skipping,
     macs: dict[fx.Node, int],
     inputs: tuple[fx.Node, ...],
     nodes: list[fx.Node],
     outputs: tuple[fx.Node, ...],
     at: fx.Node,
 ) -> Stage:
+    gates = [gate for gate in skipping.gates if gate.total in nodes]
     return Stage(
-        body=_body(gm, _stage_graph(flow, inputs, nodes, outputs)),
+        body=_piece(gm, skipping, inputs, nodes, (*outputs, *(gate.open for gate in gates))),
         head=None,
         at=at.name,
         inputs=[n.name for n in inputs],
         outputs=[n.name for n in outputs],
-        per_sample=[flow.per_sample(n) for n in outputs],
+        per_sample=[skipping.flow.per_sample(n) for n in outputs],
         macs=sum(macs[n] for n in nodes),
         head_macs=0,
+        branch_macs=tuple(sum(macs[n] for n in gate.nodes) for gate in gates),
     )
 
 
-def _stage_graph(flow: Flow, inputs: Iterable[fx.Node], nodes: list[fx.Node], outputs: Iterable[fx.Node]) -> fx.Graph:
-    graph = fx.Graph()
+def _piece(
+    gm: fx.GraphModule,
+    skipping: Skipping,
+    inputs: Iterable[fx.Node],
+    nodes: Iterable[fx.Node],
+    outputs: Sequence[fx.Node],
+) -> fx.GraphModule:
+    graph, branches, flow = fx.Graph(), nn.Module(), skipping.flow
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         copies[node] = like(node, graph.create_node("placeholder", node.name, name=node.name))
@@ -140,9 +173,9 @@ def _stage_graph(flow: Flow, inputs: Iterable[fx.Node], nodes: list[fx.Node], ou
 
     for node in nodes:
         if node not in flow.remade:
-            copies[node] = graph.node_copy(node, fetch)
-    graph.output(tuple(copies[n] for n in outputs))
-    return graph
+            skipping.copy(graph, branches, node, copies, fetch)
+    graph.output(tuple(fetch(n) for n in outputs))
+    return _body(gm, graph, branches)
 
 
 def with_outputs(gm: fx.GraphModule, nodes: list[fx.Node]) -> fx.GraphModule:
@@ -166,9 +199,11 @@ def _copy_into(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -
     return made
 
 
-def _body(trunk: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """A module that runs `graph` on the modules and parameters of `trunk`."""
+def _body(trunk: fx.GraphModule, graph: fx.Graph, branches: nn.Module | None = None) -> fx.GraphModule:
+    """A module that runs `graph` on the modules and parameters of `trunk`, and on `branches` of its own."""
     body = fx.GraphModule(nn.Module(), fx.Graph())
     body.add_module("trunk", trunk)
+    for name, branch in branches.named_children() if branches is not None else ():
+        body.add_module(name, branch)
     body.graph = graph
     return body

@@ -1,4 +1,4 @@
-"""The dynamic model: a graph with exits that answers each sample at the first exit that is sure of it."""
+"""The dynamic model: a graph with exits, skip gates or both, which does for each sample only what that sample needs."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,24 +15,25 @@ from .arrivals import as_asked_for, as_they_come
 from .deadline import Deadline
 from .policy import ExitPolicy, OperatingPolicy, State, within_budget
 from .pool import Pools, run_stream
-from .running import Pieces, Prediction
+from .running import GateCount, Pieces, Prediction
 
 _BUILDING = Lock()
 
 
 class DynamicModel(nn.Module):
-    """A network with early exits.
+    """A network with early exits, skip gates or both.
 
     Called in training mode it returns the tuple of every exit's (N, C) logits, early first, the model's own last; in
-    evaluation mode the model's own logits only, without computing any head. `predict` leaves early.
+    evaluation mode the model's own logits only, without computing any head. `predict` leaves early. Where a gate is
+    closed, its branch is not computed, except in training mode and by `all_logits`.
 
     Args:
-        gm: a graph that `InsertExits` has run on; it becomes the child `trunk`.
+        gm: a graph that `InsertExits` or `InsertGates` has run on; it becomes the child `trunk`.
         policy: decides who leaves where; None: nobody leaves early.
         table: policies for other budgets, for `predict(budget=...)`.
 
     Raises:
-        RequestError: `gm` has no exits, or a policy another number of them.
+        RequestError: `gm` has neither exits nor gates, or a policy another number of exits.
     """
 
     def __init__(
@@ -91,6 +92,11 @@ class DynamicModel(nn.Module):
     def exits(self) -> list[str]:
         """The graph nodes that the early exits follow."""
         return list(self.trunk.meta.get("exits", []))
+
+    @property
+    def gates(self) -> list[str]:
+        """The residual branches that may be skipped, in graph order."""
+        return [gate["branch"] for gate in self.trunk.meta.get("gates", [])]
 
     @property
     def num_classes(self) -> int:
@@ -157,10 +163,14 @@ class DynamicModel(nn.Module):
         macs = pieces.exit_macs(on)
         if n == 0:
             logits = self._no_logits()
-            return Prediction(logits, torch.zeros(0, dtype=torch.int64, device=logits.device), macs)
+            none = pieces.count(0, logits.device)
+            gates = (none.gates, none.skipped) if none else ()
+            return Prediction(logits, torch.zeros(0, dtype=torch.int64, device=logits.device), macs, *gates)
         with pieces.evaluating:
-            if any(on):
-                return Prediction(*self._run_stages(flat, on, policy, deadline), macs)
+            if any(on) or pieces.gated:
+                count = pieces.count(n, next(self.trunk.parameters()).device)
+                logits, exit_index = self._run_stages(flat, on, policy, deadline, count)
+                return Prediction(logits, exit_index, macs, *((count.gates, count.skipped) if count else ()))
             logits = pieces.static(*args, **kwargs)
         return Prediction(logits, torch.full((n,), len(on), device=logits.device), macs)
 
@@ -202,8 +212,9 @@ class DynamicModel(nn.Module):
         self._cached = self._pieces().compiled(**{"dynamic": True, **options})
 
     def _run_stages(
-        self, values: Sequence[Any], on: tuple[bool, ...], policy: ExitPolicy, deadline: Deadline | None
-    ) -> tuple[Tensor, Tensor]:
+        self, values: Sequence[Any], on: tuple[bool, ...], policy: ExitPolicy, deadline: Deadline | None,
+        count: GateCount | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Logits (N, C) and exit index (N,); `rows` are the undecided samples' places in the batch, None: all."""
         pieces, k, done_macs = self._pieces(), 0, 0
         logits = exit_index = torch.empty(0)
@@ -214,7 +225,7 @@ class DynamicModel(nn.Module):
                 next_macs = pieces.stages[k].macs + pieces.stages[k].head_macs
                 if not deadline.allows(done_macs, next_macs * (len(logits) if rows is None else len(rows))):
                     break
-            k, z, values = pieces.run_to_exit(k, values, on)
+            k, z, values = pieces.run_to_exit(k, values, on, count, rows)
             stage = pieces.stages[k]
             done_macs += len(z) * (stage.macs + stage.head_macs)
             if rows is None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..passes.capture import Inputs
 from .arrivals import Arrival
 from .policy import ExitPolicy, State
-from .running import Pieces, Prediction
+from .running import GateCount, Pieces, Prediction
 
 
 @dataclass(eq=False)
@@ -36,6 +36,7 @@ class _Request:
     arrived: float
     logits: list[Tensor]
     exits: list[int]
+    count: GateCount | None
     missing: int
 
 
@@ -150,7 +151,7 @@ class Pools:
 
     def add(self, flat: list[Any], n: int, arrived: float) -> None:
         """Takes in a batch of `n` samples that came at that time."""
-        request = _Request(arrived, [self._nothing] * n, [0] * n, n)
+        request = _Request(arrived, [self._nothing] * n, [0] * n, self._pieces.count(n, self._nothing.device), n)
         self._requests.append(request)
         if n:
             whole = _Group(flat, self._per_sample[0], (), [(request, i) for i in range(n)])
@@ -199,8 +200,12 @@ class Pools:
         if pool.count == 0:
             self._pools.remove(pool)
         with self._pieces.evaluating:
-            k, z, values = self._pieces.run_to_exit(pool.stage, group.values, self._on)
+            count = self._pieces.count(len(group), self._nothing.device)
+            k, z, values = self._pieces.run_to_exit(pool.stage, group.values, self._on, count, None)
             leaves, state = self._decide(k, z, group.state)
+        for row, (request, i) in enumerate(group.tickets) if count is not None else ():
+            assert count is not None and request.count is not None
+            request.count.add(i, count, row)
         for (request, i), logits, leaving in zip(group.tickets, z, leaves, strict=True):
             if leaving:
                 request.logits[i], request.exits[i] = logits, k
@@ -221,7 +226,9 @@ class Pools:
         while self._requests and self._requests[0].missing == 0:
             done = self._requests.popleft()
             logits = torch.stack([row.to(done.logits[0].dtype) for row in done.logits]) if done.exits else self._nothing
-            yield Prediction(logits, torch.tensor(done.exits, dtype=torch.int64, device=logits.device), self._macs)
+            exits = torch.tensor(done.exits, dtype=torch.int64, device=logits.device)
+            gates = (done.count.gates, done.count.skipped) if done.count else ()
+            yield Prediction(logits, exits, self._macs, *gates)
 
 
 def run_stream(

@@ -1,0 +1,182 @@
+"""Gated branches as they run: computed for the samples whose gate is open, and not at all where it is closed for all.
+
+total = shortcut + branch * open     becomes     total[open] = shortcut[open] + branch(what enters it [open])
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from .blocks import Flow, like
+from .insertion import container
+from .mutation import overwritten
+
+aten = torch.ops.aten
+Body = Callable[[Sequence[fx.Node], Sequence[fx.Node], Sequence[fx.Node]], fx.GraphModule]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A skip gate of a graph: `total` = `shortcut` + `end` * `open`; `logit` > 0 is `open`, (batch,).
+
+    `nodes`, in graph order, compute `end` and serve nothing else; `scale` turn `open` into the factor and multiply.
+    """
+
+    branch: str
+    logit: fx.Node
+    open: fx.Node
+    scale: tuple[fx.Node, ...]
+    end: fx.Node
+    nodes: tuple[fx.Node, ...]
+    shortcut: fx.Node
+    total: fx.Node
+
+
+def graph_gates(gm: fx.GraphModule, graph: fx.Graph | None = None) -> list[Gate]:
+    """The skip gates of a graph, [] without any; `graph`: of one whose nodes have the names of those in `gm`.
+
+    Gates that `graph` has lost (they served an exit only, or come later) are left out.
+    """
+    nodes = list((graph or gm.graph).nodes)
+    named = {node.name: node for node in nodes}
+    order = {node: i for i, node in enumerate(nodes)}
+    records = [record for record in gm.meta.get("gates", []) if record["open"] in named]
+    unread = _unread(nodes) if records else {}
+    return [_gate(record, named, order, unread) for record in records]
+
+
+def _gate(
+    record: dict[str, str], named: dict[str, fx.Node], order: dict[fx.Node, int], unread: dict[fx.Node, None]
+) -> Gate:
+    opened = named[record["open"]]
+    scale: list[fx.Node] = []
+    factor = opened
+    while not scale or scale[-1].target is not aten.mul.Tensor:
+        (step,) = factor.users
+        scale.append(step)
+        previous, factor = factor, step
+    end = next(n for n in scale[-1].all_input_nodes if n is not previous)
+    (total,) = factor.users
+    shortcut = next(n for n in total.all_input_nodes if n is not factor)
+    region = sorted(_serving(end, factor, unread), key=order.__getitem__)
+    return Gate(record["branch"], named[record["logit"]], opened, tuple(scale), end, tuple(region), shortcut, total)
+
+
+def inside_gates(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes from the first of a gated branch to the last before its sum: the graph is not to be cut after them."""
+    order = list(gm.graph.nodes)
+    places = {node: i for i, node in enumerate(order)}
+    fed = {node for node in order if node.op == "placeholder"}
+    for node in order:
+        if any(n in fed for n in node.all_input_nodes):
+            fed.add(node)
+    spans = [(min(places[n] for n in gate.nodes if n in fed), places[gate.total]) for gate in graph_gates(gm)]
+    return {node for first, last in spans for node in order[first:last]}
+
+
+def deciding(gm: fx.GraphModule, decide: nn.Module) -> fx.GraphModule:
+    """A gated graph whose factors `decide(logit, k)` makes, for training; shares all modules of `gm`.
+
+    It returns (all its logits, the gates' logits (N, G), the factors (N, G)). `decide` becomes its child of that name.
+    """
+    graph = fx.Graph()
+    graph.set_codegen(gm.graph._codegen)
+    copies: dict[fx.Node, fx.Node] = {}
+    gates = graph_gates(gm)
+    number = {gate.scale[0]: k for k, gate in enumerate(gates)}
+    for node in gm.graph.nodes:
+        if node in number:
+            args = (copies[gates[number[node]].logit], number[node])
+            copies[node] = graph.create_node("call_module", "decide", args)
+        elif node.op == "output":
+            both = ([copies[g.logit] for g in gates], [copies[g.scale[0]] for g in gates])
+            stacked = [graph.call_function(torch.stack, (values, 1)) for values in both]
+            graph.output((tuple(copies[n] for n in node.args[0]), *stacked))
+        elif not any(node is gate.open for gate in gates):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    owner = container(gm)
+    owner.add_module("decide", decide)
+    return fx.GraphModule(owner, graph)
+
+
+def _serving(end: fx.Node, reader: fx.Node, unread: dict[fx.Node, None]) -> set[fx.Node]:
+    """The nodes that only `end`, and through it only `reader`, needs; `unread` calls write to what they are given."""
+    found: set[fx.Node] = set()
+    outside = {reader, *unread}
+    candidates = [end]
+    while candidates:
+        node = candidates.pop()
+        if node.op != "placeholder" and node not in found and (found | outside).issuperset(node.users):
+            found.add(node)
+            candidates += node.all_input_nodes
+    for node in unread:  # in graph order
+        if found.intersection(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _unread(nodes: Sequence[fx.Node]) -> dict[fx.Node, None]:
+    """The nodes that the output is not computed from, in graph order."""
+    needed = {nodes[-1]}
+    for node in reversed(nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return {node: None for node in nodes if node not in needed}
+
+
+class GatedBranch(nn.Module):
+    """Adds a branch to the samples whose gate is open.
+
+    `body` takes what enters the branch and returns a tuple of its result; `per_sample` says which of it have one row
+    per sample. `copied`: what comes out is written to later, so that it may not be the shortcut itself.
+    """
+
+    def __init__(self, body: fx.GraphModule, per_sample: Sequence[bool], copied: bool) -> None:
+        super().__init__()
+        self.body, self.per_sample, self.copied = body, list(per_sample), copied
+
+    def forward(self, opened: Tensor, shortcut: Tensor, *entering: Tensor) -> Tensor:
+        """`opened` (N,) bool, the rest (N, ...) where per sample; one read of how many are open per call."""
+        count = int(opened.count_nonzero())
+        if count == 0:
+            return shortcut.clone() if self.copied else shortcut
+        if count == len(opened):
+            return shortcut + self.body(*entering)[0]
+        rows = opened.nonzero().flatten()
+        taken = [x.index_select(0, rows) if own else x for x, own in zip(entering, self.per_sample, strict=True)]
+        return shortcut.index_add(0, rows, self.body(*taken)[0].to(shortcut.dtype))
+
+
+class Skipping:
+    """Copies a graph node by node, each gated branch as one call of a `GatedBranch`.
+
+    Args:
+        gates: whose branches are to be skipped; none: everything is copied as it is.
+        body: makes a module of (inputs, nodes, outputs) of the graph.
+    """
+
+    def __init__(self, gates: list[Gate], flow: Flow, body: Body) -> None:
+        self.gates, self.flow, self._body = gates, flow, body
+        self._at = {gate.total: gate for gate in gates}
+        self._inside = {node for gate in gates for node in (*gate.nodes, *gate.scale)}
+
+    def copy(
+        self, graph: fx.Graph, owner: nn.Module, node: fx.Node, copies: dict[fx.Node, fx.Node],
+        fetch: Callable[[fx.Node], fx.Node],
+    ) -> None:  # fmt: skip
+        """Adds a node to `graph` and `copies`; what runs a branch becomes a module of `owner`."""
+        if node in self._at:
+            copies[node] = self._call(graph, owner, self._at[node], fetch)
+        elif node not in self._inside:
+            copies[node] = graph.node_copy(node, fetch)
+
+    def _call(self, graph: fx.Graph, owner: nn.Module, gate: Gate, fetch: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        entering = self.flow.entering(gate.nodes)
+        per_sample = [self.flow.per_sample(n) for n in entering]
+        module = GatedBranch(self._body(entering, gate.nodes, (gate.end,)), per_sample, overwritten(gate.total))
+        name = f"branch_{self.gates.index(gate)}"
+        owner.add_module(name, module)
+        args = tuple(fetch(n) for n in (gate.open, gate.shortcut, *entering))
+        return like(gate.total, graph.create_node("call_module", name, args, name=gate.total.name))
