@@ -13,18 +13,18 @@ not measured again.
 
 import argparse
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
-from data import available, splits
-from torch import Tensor, fx
-from vs_torch_pruning import write
+from common import AMP, check_setting, header, read, start, write
+from data import splits
+from torch import fx
 
 import dyncompress as dc
+from dyncompress.compress.evaluate import measure_latency
 from dyncompress.compress.losses import cross_entropy
 from dyncompress.compress.trainer import fit
 from dyncompress.model_zoo import build
@@ -34,8 +34,8 @@ from dyncompress.passes.cost import count_macs, count_parameters
 RESULTS = Path(__file__).with_suffix(".json")
 FIRST, SPARSE, FINE = 5, 4, 3
 LR, MORE_LR, BATCH, MACS = 1e-3, 5e-4, 64, 0.5
+REPEATS = 40  # of every timed call
 KINDS = ("heads", "neurons")
-AMP = "bf16" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
 
 
 def make(seed: int, out: Path, data: Any) -> dict[str, fx.GraphModule]:
@@ -59,24 +59,11 @@ def make(seed: int, out: Path, data: Any) -> dict[str, fx.GraphModule]:
     return {"dense": train(deep_copy(first), "dense", more, MORE_LR), "learned": learned, "pruned": pruned}
 
 
-def timed(models: Mapping[str, fx.GraphModule], ids: Tensor, rounds: int = 40) -> dict[str, float]:
-    """Median milliseconds per call, the models taking turns."""
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
-        for number in range(rounds + 3):
-            for name, model in models.items():
-                begin = time.perf_counter()
-                model(ids)
-                if number >= 3:
-                    taken[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: round(median(ms), 3) for name, ms in taken.items()}
-
-
 def measure(models: Mapping[str, fx.GraphModule], data: Any) -> dict[str, dict[str, Any]]:
     """Accuracy, size and time of the networks of a seed."""
     whole, rows = count_macs(models["dense"]), {}
     ids = torch.stack([data.test[i][0] for i in range(16)])
-    speed = {batch: timed(models, ids[:batch]) for batch in (1, 16)}
+    taken = measure_latency(models, {batch: [ids[:batch]] for batch in (1, 16)}, REPEATS)
     for name, gm in models.items():
         rows[name] = {
             "test_accuracy": round(dc.evaluate(gm, data.test, batch_size=250).accuracy, 4),
@@ -85,7 +72,7 @@ def measure(models: Mapping[str, fx.GraphModule], data: Any) -> dict[str, dict[s
             "parameters": count_parameters(gm),
             "heads": [axis.size for axis in dc.infer_axes(gm) if axis.kind == "heads"],
             "neurons": [axis.size for axis in dc.infer_axes(gm) if axis.kind == "neurons"],
-            "ms": {str(batch): speed[batch][name] for batch in speed},
+            "ms": {str(batch): round(ms, 3) for batch, ms in taken[name].items()},
         }
     report = models["learned"].meta["info"]["sparsify"]
     rows["learned"]["learned_share"] = round(report["learned"], 4)
@@ -109,15 +96,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bert_sparsity"))
-    asked = parser.parse_args()
-    if not available():
-        raise SystemExit("the data sets of benchmarks are not there")
-    torch.set_num_threads(1)
+    asked = start(parser)
     data = splits("sst2")
     setting = {"epochs": [FIRST, SPARSE, FINE], "lr": [LR, MORE_LR], "batch": BATCH, "macs": MACS, "precision": AMP}
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if found.get("setting", setting) != setting:
-        raise SystemExit(f"{RESULTS.name} holds results of another setting; move it away first")
+    found = read(RESULTS)
+    check_setting(found, setting, RESULTS)
     seeds: dict[str, Any] = found.get("seeds", {})
     for seed in range(asked.seeds):
         if str(seed) in seeds:
@@ -125,8 +108,7 @@ def main() -> None:
         models = {name: gm.eval() for name, gm in make(seed, asked.out, data).items()}
         seeds[str(seed)] = measure(models, data)
         print(seed, json.dumps(seeds[str(seed)]), flush=True)
-        start = {"command": "python benchmarks/bert_sparsity.py", "threads": 1, "torch": torch.__version__}
-        write(RESULTS, {**start, "setting": setting, "summary": summary(seeds), "seeds": seeds})
+        write(RESULTS, {**header("bert_sparsity.py"), "setting": setting, "summary": summary(seeds), "seeds": seeds})
     print(json.dumps(summary(seeds), indent=1))
 
 

@@ -16,17 +16,18 @@ from typing import Any, NamedTuple
 
 import data as sources
 import torch
+from common import read, write
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 import dyncompress as dc
-from dyncompress.compress.evaluate import collect_logits, evaluate
+from dyncompress.compress.candidates import collect_cached
+from dyncompress.compress.evaluate import evaluate
 from dyncompress.compress.few_samples import EPOCH, few_shots
 from dyncompress.compress.impressions import Synthesis
 from dyncompress.compress.thresholds import ThresholdSearch
 from dyncompress.compress.trainer import fit
 from dyncompress.model_zoo import build, models
 from dyncompress.model_zoo.data import Splits
-from dyncompress.passes.stages import split_stages
 
 NAMES = ("vgg-digits", "resnet-digits", "fashion_mnist")
 SHOTS = (1, 5, 20)
@@ -44,7 +45,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     target = Path(__file__).with_suffix(".json")
-    result: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    result = read(target)
     for name in given.names:
         rows = result.setdefault(name, {})
         missing = [row for row in given.rows if row not in rows]
@@ -55,7 +56,7 @@ def main() -> None:
         for row in missing:
             rows[row] = measured(row, model, splits, given.impressions)
             print(name, row, json.dumps(rows[row]), flush=True)
-            target.write_text(json.dumps(result, indent=1) + "\n")
+            write(target, result)
 
 
 def subject(name: str) -> tuple[torch.nn.Module, Splits]:
@@ -78,15 +79,14 @@ def measured(row: str, model: torch.nn.Module, splits: Splits, impressions: int)
     dynamic = converted(row, model, splits, **options)
     seconds = round(time.process_time() - begin, 1)
     test = Subset(splits.test, range(TESTED))
-    logits, labels = collect_logits(dynamic, test)
-    stages = split_stages(dynamic.trunk)
-    search = ThresholdSearch(logits, labels, [s.macs for s in stages], [s.head_macs for s in stages[:-1]])
+    cached = collect_cached(dynamic, test)
+    search = ThresholdSearch(cached.logits, cached.labels, cached.stage_macs, cached.head_macs)
     found = evaluate(dynamic, test)
     assert found.mean_macs is not None
     return {
         f"at_{BUDGET}": round(search.for_macs(BUDGET * dynamic.static_macs).accuracy, 4),
         "chosen": {"accuracy": round(found.accuracy, 4), "macs_share": round(found.mean_macs / dynamic.static_macs, 3)},
-        "exits": [round(float((z.argmax(-1) == labels).double().mean()), 4) for z in logits],
+        "exits": [round(right, 4) for right in cached.right.mean(1).tolist()],
         "seconds": seconds,
         **({"impressions": impressions} if row == "free" else {}),
     }

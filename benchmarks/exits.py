@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import available, splits
-from resnet_sparsity import AMP, BATCH, FIRST, LR, SGD
+from common import AMP, BATCH, FIRST, LR, SGD, check_setting, header, read, start, write
+from data import splits
 from torch import nn
-from vs_torch_pruning import write
 
 import dyncompress as dc
-from dyncompress.compress.candidates import Cached
-from dyncompress.compress.evaluate import collect_logits, latency_inputs, measure_latency
+from dyncompress.compress.candidates import Cached, collect_cached
+from dyncompress.compress.evaluate import latency_inputs, measure_latency
 from dyncompress.compress.losses import cross_entropy
 from dyncompress.compress.thresholds import ThresholdSearch
 from dyncompress.compress.trainer import fit
 from dyncompress.model_zoo import build
-from dyncompress.passes.stages import split_stages
 
 RESULTS = Path(__file__).with_suffix(".json")
 EPOCHS, EXITS, TRUNK_LR = 2, 3, 0.01
@@ -53,16 +51,13 @@ def measure(net: nn.Module, recipe: str, joint: bool, data: Any, seed: int) -> d
         net, exits=EXITS, data=data, recipe=recipe, epochs=EPOCHS, freeze_trunk=not joint, trunk_lr=TRUNK_LR, seed=seed,
         mixed_precision=AMP, device="cpu", head="cascade" if recipe == "ztw" else "auto",
     )  # fmt: skip
-    stages = split_stages(dynamic.trunk)
-    costs = [s.macs for s in stages], [s.head_macs for s in stages[:-1]]
-    tuning, test = (Cached(*collect_logits(dynamic, part), *costs) for part in (data.calibration, data.test))
+    tuning, test = (collect_cached(dynamic, part) for part in (data.calibration, data.test))
     policy, whole = dynamic.policy, dynamic.static_macs
-    calibrated = [z / t for z, t in zip(tuning.logits, (*policy.temperatures, 1.0), strict=True)]
-    search = ThresholdSearch(calibrated, tuning.labels, *costs, rule=policy.rule)
+    search = tuning.grid(policy)
     played = test.play(policy)
     ece = [exit["ece_after"] for exit in dynamic.trunk.meta["info"]["convert"]["exits"]]
     return {
-        "exits": [round(float(right.double().mean()), 4) for right in test.right],
+        "exits": [round(right, 4) for right in test.right.mean(1).tolist()],
         "accuracy": round(played.accuracy, 4),
         "mean_macs": round(played.mean_macs / whole, 4),
         "shares": [round(share, 4) for share in played.shares],
@@ -93,27 +88,24 @@ def main() -> None:
     parser.add_argument("--net", default="resnet20-cifar")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/exits"))
-    asked = parser.parse_args()
-    if not available():
-        raise SystemExit("the data sets of benchmarks are not there")
-    torch.set_num_threads(1)
+    asked = start(parser)
     data, key = splits(asked.data), f"{asked.data} {asked.net}"
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    setting = {"first": FIRST, "epochs": EPOCHS, "exits": EXITS, "trunk_lr": TRUNK_LR, "precision": AMP}
+    found = read(RESULTS)
+    check_setting(found, setting, RESULTS)
     nets = found.get("networks", {})
-    seeds = nets.setdefault(key, {})
+    recipes = [(recipe, recipe, False) for recipe in FROZEN] + [(f"{recipe}, joint", recipe, True) for recipe in JOINT]
     for seed in range(asked.seeds):
-        rows = seeds.setdefault(str(seed), {})
+        rows = nets.setdefault(key, {}).setdefault(str(seed), {})
+        missing = [row for row in recipes if row[0] not in rows]
+        if not missing:
+            continue
         net = trained(asked.net, seed, data, asked.out / f"{asked.data}-{asked.net}-{seed}")
         rows.setdefault("static", {"accuracy": round(dc.evaluate(net, data.test, batch_size=250).accuracy, 4)})
-        for joint, recipes in ((False, FROZEN), (True, JOINT)):
-            for recipe in recipes:
-                name = f"{recipe}{', joint' if joint else ''}"
-                if name not in rows:
-                    rows[name] = measure(net, recipe, joint, data, seed)
-                    print(key, seed, name, json.dumps(rows[name]), flush=True)
-                    start = {"command": "python benchmarks/exits.py", "threads": 1, "torch": torch.__version__}
-                    setting = {"first": FIRST, "epochs": EPOCHS, "exits": EXITS, "trunk_lr": TRUNK_LR, "precision": AMP}
-                    write(RESULTS, {**start, "setting": setting, "networks": nets})
+        for name, recipe, joint in missing:
+            rows[name] = measure(net, recipe, joint, data, seed)
+            print(key, seed, name, json.dumps(rows[name]), flush=True)
+            write(RESULTS, {**header("exits.py"), "setting": setting, "networks": nets})
 
 
 if __name__ == "__main__":

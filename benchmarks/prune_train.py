@@ -20,10 +20,9 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from data import available, splits
-from resnet_sparsity import AMP, BATCH, LR, SGD
+from common import AMP, BATCH, LR, SGD, check_setting, header, read, start, write
+from data import splits
 from torch import fx
-from vs_torch_pruning import write
 
 import dyncompress as dc
 from dyncompress.compress.losses import cross_entropy
@@ -91,24 +90,19 @@ def main() -> None:
     parser.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "cifar10"))
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=2)
-    asked = parser.parse_args()
-    if not available():
-        raise SystemExit("the data sets of benchmarks are not there")
-    torch.set_num_threads(1)
+    asked = start(parser)
     setting = {
         "data": asked.data, "depth": asked.depth, "epochs": EPOCHS, "learning": LEARNING, "macs": MACS, "lr": LR,
         "batch": BATCH, "precision": AMP,
     }  # fmt: skip
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if found.get("setting", setting) != setting:
-        raise SystemExit(f"{RESULTS.name} holds results of another setting; move it away first")
+    found = read(RESULTS)
+    check_setting(found, setting, RESULTS)
     data, seeds = splits(asked.data), found.get("seeds", {})
     for seed in range(asked.seeds):
         if str(seed) not in seeds:
             seeds[str(seed)] = measure(data, asked.depth, seed)
             print(seed, json.dumps(seeds[str(seed)]), flush=True)
-            start = {"command": "python benchmarks/prune_train.py", "threads": 1, "torch": torch.__version__}
-            write(RESULTS, {**start, "setting": setting, "summary": summary(seeds), "seeds": seeds})
+            write(RESULTS, {**header("prune_train.py"), "setting": setting, "summary": summary(seeds), "seeds": seeds})
     print(json.dumps(summary(seeds), indent=1))
 
 

@@ -22,16 +22,15 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from data import available, splits
+from common import AMP, BATCH, FIRST, LR, SGD, check_setting, largest_within, macs_of, read, start, write
+from data import splits
 from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
-from vs_torch_pruning import header, write
+from vs_torch_pruning import header
 
 import dyncompress as dc
 from dyncompress.compress.losses import cross_entropy
@@ -40,11 +39,8 @@ from dyncompress.model_zoo import build
 from dyncompress.passes.kinds import BRANCH
 
 RESULTS = Path(__file__).with_suffix(".json")
-FIRST, SPARSE, FINE = 6, 3, 2
-LR, MORE_LR, BATCH = 0.1, 0.05, 128
+SPARSE, FINE, MORE_LR = 3, 2, 0.05
 CHANNELS, LAYERS, REG = 0.5, 0.8, 5e-4
-SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
-AMP = "bf16" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
 
 
 class Bench:
@@ -108,36 +104,17 @@ class Bench:
             return optimizer
 
         self.train(model, "group-norm-sparse", SPARSE, MORE_LR, regularised)
-        return self.train(largest(model, pruner, macs, self.example), "group-norm", FINE, MORE_LR)
 
+        def pruned(ratio: float) -> nn.Module:
+            small = copy.deepcopy(model)
+            pruner(small, ratio).step()
+            return small
 
-def largest(model: nn.Module, pruner: Callable[[nn.Module, float], Any], macs: int, example: torch.Tensor) -> nn.Module:
-    """The largest of the pruned networks within `macs`, over pruning ratios in steps of 1/256."""
-    best, low, high = None, 0, 256
-    while low < high:
-        middle = (low + high) // 2
-        small = copy.deepcopy(model)
-        pruner(small, middle / 256).step()
-        if macs_of(small, example) <= macs:
-            best, high = small, middle
-        else:
-            low = middle + 1
-    assert best is not None
-    return best
-
-
-@torch.no_grad()
-def macs_of(model: nn.Module, example: torch.Tensor) -> int:
-    """Multiply-adds of one image by PyTorch's counter (two operations each)."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        model.eval()(example)
-    return counter.get_total_flops() // 2
+        return self.train(largest_within(macs, self.example, pruned), "group-norm", FINE, MORE_LR)
 
 
 def measure(bench: Bench, rows: dict[str, Any], save: Callable[[], None]) -> None:
     """What the rows of this seed lack."""
-    whole = macs_of(bench.first(), bench.example)
     makers: dict[str, Callable[[], nn.Module]] = {
         "first": bench.first,
         "dense": bench.dense,
@@ -145,11 +122,11 @@ def measure(bench: Bench, rows: dict[str, Any], save: Callable[[], None]) -> Non
         "group norm": lambda: bench.group_norm(round(rows["channels"]["macs"] * whole)),
         "layers": bench.layers,
     }
-    for name, make in makers.items():
-        if name in rows:
-            continue
+    missing = [name for name in makers if name not in rows]
+    whole = macs_of(bench.first(), bench.example) if missing else 0
+    for name in missing:
         begin = time.process_time()
-        model = make()
+        model = makers[name]()
         rows[name] = {
             "accuracy": round(dc.evaluate(model, bench.data.test, batch_size=250).accuracy, 4),
             "macs": round(macs_of(model, bench.example) / whole, 4),
@@ -180,23 +157,19 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/resnet_sparsity"))
-    asked = parser.parse_args()
-    if not available():
-        raise SystemExit("the data sets of benchmarks are not there")
-    torch.set_num_threads(1)
+    asked = start(parser)
     warnings.filterwarnings("ignore", module="torch_pruning")
     setting = {"epochs": [FIRST, SPARSE, FINE], "lr": [LR, MORE_LR], "batch": BATCH, "reg": REG, "precision": AMP}
     name = f"{asked.data} resnet{asked.depth}"
 
     def save() -> None:
         """Only this network's part is replaced: two of them may run side by side."""
-        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        nets = found.get("networks", {}) | {name: {"setting": setting, "summary": summary(seeds), "seeds": seeds}}
+        found = {"setting": setting, "summary": summary(seeds), "seeds": seeds}
+        nets = {**read(RESULTS).get("networks", {}), name: found}
         write(RESULTS, {**header(f"resnet_sparsity.py --data {asked.data} --depth {asked.depth}"), "networks": nets})
 
-    before = json.loads(RESULTS.read_text())["networks"].get(name, {}) if RESULTS.exists() else {}
-    if before.get("setting", setting) != setting:
-        raise SystemExit(f"{RESULTS.name} holds results of another setting; move it away first")
+    before = read(RESULTS).get("networks", {}).get(name, {})
+    check_setting(before, setting, RESULTS)
     seeds: dict[str, Any] = before.get("seeds", {})
     for seed in range(asked.seeds):
         measure(Bench(asked, seed), seeds.setdefault(str(seed), {}), save)

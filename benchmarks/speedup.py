@@ -13,22 +13,21 @@ Weights are random: only shapes matter. Batch norms are folded on both sides. Fu
 
 import argparse
 import json
-import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from common import read, write
 from model_list import build
 from torch import fx
+from torch.utils import _pytree as pytree
 
 import dyncompress as dc
-from dyncompress.passes.capture import split_inputs
+from dyncompress.compress.evaluate import measure_latency
 from dyncompress.passes.cost import count_macs
 
 MODELS = ("resnet50", "vgg16", "mobilenet_v2", "vit_b_16", "bert-base")
-BATCHES = (1, 16)
-_ROUNDS, _SECONDS = 15, 40.0
+REPEATS = {1: 60, 16: 9}  # timed calls by batch size
 _HALF = 0.02  # how far from half of the MACs is near enough
 _TRIES = 5
 
@@ -64,35 +63,17 @@ def cuts(name: str, gm: fx.GraphModule, batch: int) -> dict[str, fx.GraphModule]
     return made
 
 
-def timed(models: dict[str, fx.GraphModule], inputs: Any, batch: int) -> dict[str, float]:
-    """Median seconds per call of each, taking turns."""
-    args, kwargs = split_inputs(inputs)
-    args = tuple(x.repeat(batch, *[1] * (x.dim() - 1)) for x in args)
-    kwargs = {k: x.repeat(batch, *[1] * (x.dim() - 1)) for k, x in kwargs.items()}
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    begin = time.perf_counter()
-    with torch.no_grad():
-        for model in models.values():
-            model(*args, **kwargs)
-        for _ in range(_ROUNDS if batch > 1 else 4 * _ROUNDS):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(*args, **kwargs)
-                taken[name].append(time.perf_counter() - start)
-            if time.perf_counter() - begin > _SECONDS and len(taken[name]) >= 5:
-                break
-    return {name: median(seconds) for name, seconds in taken.items()}
-
-
 def measure(name: str, batch: int) -> dict[str, Any]:
     """One model at one batch size."""
     gm, inputs = captured(name)
     models = {"full": gm, **cuts(name, gm, batch)}
-    seconds, whole = timed(models, inputs, batch), count_macs(gm)
+    many = pytree.tree_map(lambda x: x.repeat(batch, *[1] * (x.dim() - 1)), inputs)
+    taken, whole = measure_latency(models, {batch: [many]}, REPEATS[batch]), count_macs(gm)
+    ms = {way: by_batch[batch] for way, by_batch in taken.items()}
     found: dict[str, Any] = {"model": name, "batch": batch, "batch_norm": "folded"}
-    found["full_ms"] = round(seconds["full"] * 1e3, 2)
+    found["full_ms"] = round(ms["full"], 2)
     for way in [way for way in models if way != "full"]:
-        left, share = count_macs(models[way]) / whole, seconds[way] / seconds["full"]
+        left, share = count_macs(models[way]) / whole, ms[way] / ms["full"]
         found[way] = {"macs": round(left, 3), "latency": round(share, 3), "realised": round(left / share, 3)}
     return found
 
@@ -105,8 +86,8 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     path = Path(__file__).with_suffix(".json")
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    for name, batch in [(name, batch) for batch in BATCHES for name in asked.models]:
+    rows = read(path).get("rows", [])
+    for name, batch in [(name, batch) for batch in REPEATS for name in asked.models]:
         if any((r["model"], r["batch"]) == (name, batch) for r in rows):
             continue
         rows.append(measure(name, batch))
@@ -117,7 +98,7 @@ def main() -> None:
             "machine": machine,
             "rows": rows,
         }
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write(path, result)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
 One epoch of fine-tuning each, one thread, on the first samples of the embedded digits.
 """
 
-import json
 from pathlib import Path
 
 import torch
+from common import write
 from torch.utils.data import Subset
 
 import dyncompress as dc
@@ -31,9 +31,7 @@ def main() -> None:
         plot_methods(path.with_name(f"structure-{name}.png"), found.entries)
         for entry, values in found.entries.items():
             print(f"{name} {entry}: {100 * values['accuracy']:.2f} %, {values['latency_ms']['1']:.2f} ms", flush=True)
-    path.write_text(
-        json.dumps({"torch": torch.__version__, "train": TRAIN, "test": TEST, "models": report}, indent=1) + "\n"
-    )
+    write(path, {"torch": torch.__version__, "train": TRAIN, "test": TEST, "models": report})
 
 
 if __name__ == "__main__":

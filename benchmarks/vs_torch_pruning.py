@@ -16,7 +16,6 @@ import argparse
 import importlib.metadata
 import json
 import multiprocessing as mp
-import os
 import sys
 import time
 import types
@@ -27,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from common import read, write
 from model_list import MODELS, build
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS, help="SOURCE:NAME; default: all of models.txt")
     parser.add_argument("--limit", type=float, default=120, help="seconds for one library on one model")
     options = parser.parse_args()
-    rows = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else {}
+    rows = read(RESULTS).get("models", {})
     for turn, name in enumerate(tqdm(options.models, desc="models")):
         for side in sorted(SIDES, reverse=turn % 2 == 1):
             if side not in rows.get(name, {}):
@@ -63,13 +63,6 @@ def header(script: str = "vs_torch_pruning.py") -> dict[str, Any]:
 def save(rows: dict[str, Any]) -> None:
     """Everything measured so far."""
     write(RESULTS, {**header(), "summary": summary(rows), "models": rows})
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Beside its place first, then renamed: an interrupted run leaves the old file."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(beside, path)
 
 
 # --- one library on one model, in a process of its own -----------------------------------------------------------

@@ -15,7 +15,6 @@ Accuracy is that of the 10,000 test images. Trained networks are kept in runs/, 
 import argparse
 import copy
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -26,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import check_setting, largest_within, macs_of, read, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from vs_torch_pruning import header, write
+from vs_torch_pruning import header
 
 import dyncompress as dc
 from dyncompress.compress.importance import IMPORTANCES
@@ -76,14 +75,17 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     train, test = load(file)
-    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if result.get("setting", asdict(SETTING)) != asdict(SETTING):
-        sys.exit(f"{RESULTS.name} holds results of another setting; move it away first")
+    result = read(RESULTS)
+    check_setting(result, asdict(SETTING), RESULTS)
     rows: dict[str, Any] = result.get("seeds", {})
     for seed in range(options.seeds):
+        missing = [m for m in methods() if m not in rows.get(str(seed), {})]
+        if not missing:
+            continue
         model = trained(seed, train)
-        row = rows.setdefault(str(seed), {"unpruned": accuracy(model, test), "macs": macs_of(model, test)})
-        for name in tqdm([m for m in methods() if m not in row], desc=f"seed {seed}"):
+        unpruned = {"unpruned": accuracy(model, test), "macs": macs_of(model, test[0][:1])}
+        row = rows.setdefault(str(seed), unpruned)
+        for name in tqdm(missing, desc=f"seed {seed}"):
             row[name] = measure(methods()[name], model, seed, train, test)
             tqdm.write(f"seed {seed} {name}: {json.dumps(row[name])}")
             save(rows)
@@ -164,15 +166,6 @@ def accuracy(model: nn.Module, test: Data) -> float:
     return float(sum(right)) / len(test[1])
 
 
-@torch.no_grad()
-def macs_of(model: nn.Module, test: Data) -> int:
-    """Multiply-adds of one image by PyTorch's counter (two operations each)."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        model.eval()(test[0][:1])
-    return counter.get_total_flops() // 2
-
-
 # --- pruning -----------------------------------------------------------------------------------------------------
 
 Method = Callable[[nn.Module, Data], nn.Module]
@@ -209,18 +202,10 @@ THEIRS: dict[str, tuple[str, dict[str, int]]] = {
 
 def _theirs(importance: str, everywhere: bool) -> Method:
     def prune(model: nn.Module, train: Data) -> nn.Module:
-        """The largest of the networks within the target, over pruning ratios in steps of 1/256."""
-        best, low, high = None, 0, 256
-        goal = MACS * macs_of(model, train)
-        while low < high:
-            middle = (low + high) // 2
-            small = _one_step(model, train, importance, everywhere, middle / 256)
-            if macs_of(small, train) <= goal:
-                best, high = small, middle
-            else:
-                low = middle + 1
-        assert best is not None
-        return best
+        one = train[0][:1]
+        return largest_within(
+            MACS * macs_of(model, one), one, lambda ratio: _one_step(model, train, importance, everywhere, ratio)
+        )
 
     return prune
 
@@ -268,7 +253,7 @@ def measure(prune: Method, model: nn.Module, seed: int, train: Data, test: Data)
     part = SETTING.tuning_images
     fit(small, (train[0][:part], train[1][:part]), SETTING.tuning_epochs, SETTING.tuning_rate, seed + 1000)
     return {
-        "macs_left": round(macs_of(small, test) / macs_of(model, test), 4),
+        "macs_left": round(macs_of(small, test[0][:1]) / macs_of(model, test[0][:1]), 4),
         "parameters_left": round(_count(small) / _count(model), 4),
         "before": before,
         "after": accuracy(small, test),
