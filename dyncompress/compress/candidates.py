@@ -54,10 +54,13 @@ class Cached:
 
     def play(self, policy: ExitPolicy) -> OperatingPoint:
         """What a policy does on these samples."""
-        at = policy.exit_of(self.logits).cpu().numpy()
-        return OperatingPoint.of(
-            policy.thresholds, at, self.right[at, np.arange(len(at))], self.costs(policy.thresholds)[at]
-        )
+        at, right = self.answered(policy)
+        return OperatingPoint.of(policy.thresholds, at, right, self.costs(policy.thresholds)[at])
+
+    def answered(self, policy: ExitPolicy) -> tuple[Ints, Floats]:
+        """The exit that answers each sample under a policy, and whether rightly, 0 or 1: (N,) each."""
+        at, answer = policy.answers(self.logits)
+        return at.cpu().numpy(), (answer == self.labels).double().cpu().numpy()
 
     def costs(self, thresholds: Sequence[float | None]) -> Floats:
         """MACs of a sample that leaves at each exit, (K + 1,)."""
@@ -88,11 +91,9 @@ class Candidates(Search):
         count, exits = len(cached.labels), len(cached.head_macs)
         if count == 0:
             raise RequestError("thresholds need at least one labelled sample")
-        made: dict[tuple[float | None, ...], Ints] = {(None,) * exits: np.full(count, exits)}
-        made |= {p.thresholds: p.exit_of(cached.logits).cpu().numpy() for p in policies}
+        made = {p.thresholds: cached.answered(p) for p in (ExitPolicy.never(exits), *policies)}
         self.thresholds = list(made)
-        self.at: Ints = np.stack(list(made.values()))
-        self.right = cached.right[self.at, np.arange(count)]
+        self.at, self.right = (np.stack(column) for column in zip(*made.values(), strict=True))
         self.macs: Floats = np.take_along_axis(np.stack([cached.costs(t) for t in made]), self.at, 1)
 
     def subset(self, rows: Ints) -> "Candidates":

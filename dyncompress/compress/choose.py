@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..runtime.dynamic import DynamicModel
-from ..runtime.policy import RULES, ExitPolicy, OperatingPolicy, check_rule
+from ..runtime.policy import RULES, ExitPolicy, Fallback, OperatingPolicy, check_fallback, check_rule
 from .batches import LabelledData
 from .calibrate import Calibration, calibrate_exits
 from .candidates import Cached, Candidates, by_genetic_search, by_quota, collect_cached
@@ -36,6 +36,7 @@ def choose_policy(
     risk: float | None = None,
     confidence: float = 0.9,
     risk_of: RiskKind = "disagreement",
+    fallback: Fallback = "final",
     static_logits: Tensor | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -49,13 +50,14 @@ def choose_policy(
         calibration: map-style, of (inputs, int label), not trained on; samples with label -1 are left out.
         rule: a name in `runtime.policy.RULES`.
         threshold_search: "grid" is exact on a grid (`thresholds`), "quota" tries 39 divisions of the samples
-            (`shares`), "genetic" evolves divisions (`candidates`); None = grid, or genetic where a rule remembers.
+            (`shares`), "genetic" evolves divisions (`candidates`); None = grid, or genetic where a policy remembers.
         max_loss: accuracy (0..1) that may be lost on unseen samples. On the calibration set less is given away, see
             `slack`, unless more cannot be reached.
         macs: instead, a budget: mean MACs as a share of the static model's.
         risk: instead, a rate (0..1) that holds for unseen samples with probability `confidence` (`risk`); one half of
             the samples then makes temperatures and thresholds, the other one the promise.
         risk_of: "disagreement" with the final exit, or "accuracy-loss" against it.
+        fallback: who answers samples that no exit is sure of: the "final" exit, or the "ensemble" (`runtime.policy`).
         static_logits: (N, classes) on the labelled samples, of the static model, where the final exit is not that any
             more; losses count from the better one of the two.
         seed: of the division into halves and of the genetic search.
@@ -68,11 +70,11 @@ def choose_policy(
     Raises:
         RequestError: no labelled samples, too few for the promise, or thresholds that do what is asked do not exist.
     """
-    check_goal(rule, threshold_search, max_loss, macs, risk, confidence, risk_of)
+    check_goal(rule, threshold_search, max_loss, macs, risk, confidence, risk_of, fallback)
     samples = collect_cached(dynamic, calibration, device)
     tuning, promising = (samples, None) if risk is None else _halves(samples, seed)
     fitted = calibrate_exits(tuning.logits, tuning.labels)
-    template = _template(rule, tuning, [c.temperature for c in fitted[:-1]])
+    template = _template(rule, fallback, tuning, [c.temperature for c in fitted])
     if risk is not None and risk_of == "disagreement":
         tuning = replace(tuning, labels=tuning.logits[-1].argmax(-1))
     search = _search(threshold_search, template, tuning, seed, progress)
@@ -122,15 +124,18 @@ def _halves(cached: Cached, seed: int) -> tuple[Cached, Cached]:
     return cached.rows(order[:middle]), cached.rows(order[middle:])
 
 
-def _template(rule: str, cached: Cached, temperatures: Sequence[float]) -> ExitPolicy:
-    """A policy of the rule whose thresholds are still to be chosen."""
+def _template(rule: str, fallback: Fallback, cached: Cached, temperatures: Sequence[float]) -> ExitPolicy:
+    """A policy of the rule whose thresholds are still to be chosen; the temperatures of all exits."""
+    *early, final = temperatures
     if rule == "learned":
-        return fit_scorer(cached.logits, cached.labels, temperatures)
-    return ExitPolicy(rule, (RULES[rule].bounds[0],) * len(temperatures), tuple(temperatures))
+        policy = fit_scorer(cached.logits, cached.labels, early)
+    else:
+        policy = ExitPolicy(rule, (RULES[rule].bounds[0],) * len(early), tuple(early))
+    return policy if fallback == "final" else replace(policy, fallback=fallback, final_temperature=final)
 
 
 def _search(kind: SearchKind | None, template: ExitPolicy, cached: Cached, seed: int, progress: bool) -> Search:
-    kind = kind or ("genetic" if RULES[template.rule].remembers else "grid")
+    kind = kind or ("genetic" if _remembers(template.rule, template.fallback) else "grid")
     if kind == "grid":
         return cached.grid(template)
     if kind == "quota":
@@ -169,6 +174,11 @@ def _table(template: ExitPolicy, points: Sequence[OperatingPoint], cached: Cache
     return sorted(rows, key=lambda row: row.mean_macs)
 
 
+def _remembers(rule: str, fallback: Fallback) -> bool:
+    """Whether answers depend on the exits before, so that no exit can be judged alone."""
+    return RULES[rule].remembers or fallback == "ensemble"
+
+
 def check_goal(
     rule: str,
     threshold_search: SearchKind | None,
@@ -177,15 +187,18 @@ def check_goal(
     risk: float | None,
     confidence: float,
     risk_of: RiskKind,
+    fallback: Fallback,
 ) -> None:
     """Raises RequestError for a goal that no model could have."""
     check_rule(rule)
+    check_fallback(fallback)
     if threshold_search not in (None, *get_args(SearchKind)):
         raise RequestError(f"unknown threshold_search {threshold_search!r}: give {', '.join(get_args(SearchKind))}")
     if risk_of not in get_args(RiskKind):
         raise RequestError(f"unknown risk_of {risk_of!r}: give {', '.join(get_args(RiskKind))}")
-    if threshold_search == "grid" and RULES[rule].remembers:
-        raise RequestError(f"the grid cannot enumerate rule {rule!r}: take threshold_search genetic or quota")
+    if threshold_search == "grid" and _remembers(rule, fallback):
+        what = f"rule {rule!r}" if RULES[rule].remembers else f"fallback {fallback!r}"
+        raise RequestError(f"the grid cannot enumerate {what}: take threshold_search genetic or quota")
     if not 0 <= max_loss < 1:
         raise RequestError(f"max_loss is {max_loss}: give the accuracy that may be lost, e.g. 0.005 for half a point")
     if macs is not None and not 0 < macs <= 1:

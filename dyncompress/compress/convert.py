@@ -21,6 +21,7 @@ from ..errors import RequestError
 from ..passes.capture import Inputs, capture
 from ..passes.exits import EVERY, InsertExits
 from ..runtime.dynamic import DynamicModel
+from ..runtime.policy import Fallback
 from .batches import LabelledData, device_of_model, examples_of, size_of, split_off, to_device
 from .candidates import collect_cached
 from .choose import RiskKind, SearchKind, check_goal, choose_policy
@@ -71,6 +72,7 @@ def convert(
     risk: float | None = None,
     confidence: float = 0.9,
     risk_of: RiskKind = "disagreement",
+    fallback: Fallback = "final",
     seed: int = 0,
     mixed_precision: str | None = None,
     device: torch.device | str | None = None,
@@ -106,6 +108,7 @@ def convert(
             training the trunk made it better, against the final exit.
         macs: instead, a budget: mean MACs as a share of the static model's.
         risk, confidence, risk_of: instead, a rate promised for unseen samples with that probability (`choose_policy`).
+        fallback: who answers samples that no exit is sure of: the "final" exit or the "ensemble" of all.
         mixed_precision, device, run_dir, resume, progress: see `trainer.fit`.
 
     Raises:
@@ -114,7 +117,7 @@ def convert(
     """
     leaving: dict[str, Any] = {
         "rule": rule, "threshold_search": threshold_search, "max_loss": max_loss, "macs": macs, "risk": risk,
-        "confidence": confidence, "risk_of": risk_of,
+        "confidence": confidence, "risk_of": risk_of, "fallback": fallback,
     }  # fmt: skip
     check_goal(**leaving)
     check_recipe(recipe, freeze_trunk, head)

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from scipy.special import bdtr
 from torch import Tensor
 
@@ -110,11 +109,10 @@ def check_samples(count: int, risk: float, delta: float, *, with_labels: bool) -
 
 def losses(policy: ExitPolicy, logits: Sequence[Tensor], labels: Tensor | None) -> Floats:
     """The loss of every sample, (n,): 1[other answer than the full model's], with labels 1[wrong] - 1[full wrong]."""
-    answers_KN = torch.stack([z.argmax(-1) for z in logits])
-    early_N = answers_KN[policy.exit_of(logits), torch.arange(answers_KN.shape[1])]
+    answer_N, full_N = policy.answers(logits)[1], logits[-1].argmax(-1)
     if labels is None:
-        return (early_N != answers_KN[-1]).double().cpu().numpy()
-    return ((early_N != labels).double() - (answers_KN[-1] != labels).double()).cpu().numpy()
+        return (answer_N != full_N).double().cpu().numpy()
+    return ((answer_N != labels).double() - (full_N != labels).double()).cpu().numpy()
 
 
 def p_values(loss_PN: Floats, risk: float, delta: float, *, signed: bool) -> Floats:

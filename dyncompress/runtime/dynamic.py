@@ -224,10 +224,13 @@ class DynamicModel(nn.Module):
             if deadline is not None and k > 0:
                 next_macs = pieces.stages[k].macs + pieces.stages[k].head_macs
                 if not deadline.allows(done_macs, next_macs * (len(logits) if rows is None else len(rows))):
-                    break
+                    so_far = policy.unsure(logits if rows is None else logits[rows], state, final=False)
+                    return so_far if rows is None else logits.index_copy(0, rows, so_far), exit_index
             k, z, values = pieces.run_to_exit(k, values, on, count, rows)
             stage = pieces.stages[k]
             done_macs += len(z) * (stage.macs + stage.head_macs)
+            if k == len(on):
+                z = policy.unsure(z, state)
             if rows is None:
                 logits, exit_index = z, torch.full((len(z),), k, device=z.device)
             else:  # those who stay are overwritten later

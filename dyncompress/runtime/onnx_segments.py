@@ -19,8 +19,9 @@ from .onnx_trace import Value, trace
 from .policy import RULES, ExitPolicy, State
 from .samples import call_flat
 
-# What a rule with memory hands from one live exit to the next; no node of a graph can have a name with a dot.
-_STATE = ("exit_rule.answer", "exit_rule.agreed")
+# What a policy with memory hands from one live exit to the next; no node of a graph can have a name with a dot.
+_ANSWERS, _SUM = ("exit_rule.answer", "exit_rule.agreed"), "exit_rule.probabilities"
+_STATE = (*_ANSWERS, _SUM)
 # The input of a segment that holds its exit's threshold, where that is not written into the graph.
 THRESHOLD = "exit_rule.threshold"
 
@@ -52,19 +53,24 @@ class _Piece(nn.Module):
         self.bodies = nn.ModuleList(s.body for s in stages)
         self.stages, self.inputs, self.fixed, self.policy, self.k = stages, inputs, fixed, policy, k
         last = stages[-1]
-        state = _STATE if RULES[policy.rule].remembers else ()
-        self.outputs = [] if last.head is None else [*(n for n in last.outputs if n not in stages[0].inputs), *state]
+        self.state = [
+            *(_ANSWERS if RULES[policy.rule].remembers else ()),
+            *((_SUM,) if policy.fallback == "ensemble" else ()),
+        ]
+        passed = [n for n in last.outputs if n not in stages[0].inputs]
+        self.outputs = [] if last.head is None else [*passed, *self.state]
 
     def forward(self, *given: Value) -> tuple[Value, ...]:
         values: dict[str, Any] = {**self.fixed, **dict(zip(self.inputs, given, strict=True))}
         for stage, body in zip(self.stages, self.bodies, strict=True):
             values.update(zip(stage.outputs, body(*(values[n] for n in stage.inputs)), strict=True))
         z, head = values[self.stages[-1].at], self.stages[-1].head
+        state = tuple(values[n] for n in self.state if n in values)
         if head is None:
-            return (z,)
+            return (self.policy.unsure(z, state),)
         z = head(z)
-        leaves, state = self._decide(z, tuple(values[n] for n in _STATE if n in values), values.get(THRESHOLD))
-        values.update(zip(_STATE, state, strict=False))  # nothing, where a rule has no memory
+        leaves, state = self._decide(z, state, values.get(THRESHOLD))
+        values.update(zip(self.state, state, strict=True))
         return (*(values[n] for n in self.outputs), z, ~leaves)
 
     def _decide(self, z: Tensor, state: State, threshold: Tensor | None) -> tuple[Tensor, State]:
@@ -106,9 +112,8 @@ def _segment(
     values: dict[str, Any], dynamic: dict[str, list[int] | None], opset: int,
 ) -> Segment:  # fmt: skip
     """Traces the stages up to exit `k`; adds what they give to `values` and `dynamic`."""
-    needed = [*stages[0].inputs]
-    if stages[-1].head is not None:
-        needed += [n for n in (*_STATE, THRESHOLD) if n in values]
+    remembered = (_SUM,) if stages[-1].head is None else (*_STATE, THRESHOLD)
+    needed = [*stages[0].inputs, *(n for n in remembered if n in values)]
     inputs = {n: values[n] for n in needed if n in dynamic}
     piece = _Piece(stages, list(inputs), {n: values[n] for n in needed if n not in dynamic}, policy, k)
     traced = trace(piece, inputs, dynamic, opset)

@@ -11,19 +11,23 @@ learned       sigmoid(w_k . [max p, entropy, margin, a / (a + 1)] + b_k) >= thre
                                                                    (after EENet, Ilhan et al. 2024)
 
 The last two remember the answers of the exits before; an exit that is off gives none.
+
+A sample that no exit is sure of is answered by the final one or, with the ensemble as fallback, by the mean of the
+probabilities p of all exits on its way, the final one included (SCAN, Zhang et al. 2019).
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import RequestError
 
-# What a rule remembers of the exits before, one (N,) int64 tensor each; nothing before the first or without memory.
+# What a policy remembers of the exits before; nothing before the first or without memory. Of a rule (N,) int64 tensors,
+# then, with the ensemble as fallback, the sum of the probabilities so far, (N, C).
 State = tuple[Tensor, ...]
 
 
@@ -66,6 +70,8 @@ def _learned(z_NC: Tensor, agreed_N: Tensor, weights: Sequence[float]) -> Tensor
 
 FEATURES = 4  # of `exit_features`
 
+Fallback = Literal["final", "ensemble"]
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -96,24 +102,34 @@ def check_rule(rule: str) -> None:
         raise RequestError(f"unknown exit rule {rule!r}; the rules are: {', '.join(RULES)}")
 
 
+def check_fallback(fallback: str) -> None:
+    """Raises RequestError for a fallback that does not exist."""
+    if fallback not in get_args(Fallback):
+        raise RequestError(f"unknown fallback {fallback!r}; give {' or '.join(get_args(Fallback))}")
+
+
 @dataclass(frozen=True)
 class ExitPolicy:
     """One threshold and one temperature per early exit; threshold None (or infinite): that exit is off.
 
     Thresholds lie in [0, 1]; those of patience are counts from 1. `weights` are the learned rule's, four and a bias per
-    early exit.
+    early exit. `fallback` answers whom no exit is sure of; the ensemble reads `final_temperature`, the final exit's.
 
     Raises:
-        RequestError: an unknown rule, or thresholds, temperatures and weights that do not fit it or each other.
+        RequestError: an unknown rule or fallback, or thresholds, temperatures and weights that do not fit it or each
+            other.
     """
 
     rule: str
     thresholds: tuple[float | None, ...]
     temperatures: tuple[float, ...] = ()
     weights: tuple[tuple[float, ...], ...] = ()
+    fallback: Fallback = "final"
+    final_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
+        check_fallback(self.fallback)
         thresholds = [None if t is None or math.isinf(t) else float(t) for t in self.thresholds]
         temperatures = [float(t) for t in self.temperatures] or [1.0] * len(thresholds)
         if len(temperatures) != len(thresholds):
@@ -124,7 +140,7 @@ class ExitPolicy:
                 raise RequestError(
                     f"threshold {threshold} of exit {k} is not in [{low:g}, {high:g}]; None switches it off"
                 )
-        for k, temperature in enumerate(temperatures):
+        for k, temperature in enumerate([*temperatures, self.final_temperature]):
             if not 0 < temperature < math.inf:
                 raise RequestError(f"temperature {temperature} of exit {k} is not a positive number")
         object.__setattr__(self, "thresholds", tuple(thresholds))
@@ -152,8 +168,16 @@ class ExitPolicy:
         return self.thresholds[k] is not None
 
     def score(self, k: int, z_NC: Tensor, state: State = ()) -> tuple[Tensor, State]:
-        """What the rule compares with the threshold of exit `k`, (N,), and what it remembers from then on."""
-        rule, z_NC = RULES[self.rule], z_NC.float() / self.temperatures[k]
+        """What the rule compares with the threshold of exit `k`, (N,), and what is remembered from then on."""
+        z_NC = z_NC.float() / self.temperatures[k]
+        score_N, remembered = self._score(k, z_NC, state)
+        if self.fallback == "final":
+            return score_N, remembered
+        p_NC = torch.softmax(z_NC, -1)
+        return score_N, (*remembered, p_NC + state[-1] if state else p_NC)
+
+    def _score(self, k: int, z_NC: Tensor, state: State) -> tuple[Tensor, State]:
+        rule = RULES[self.rule]
         if not rule.remembers:
             return rule.score(z_NC), ()
         answer_N = z_NC.argmax(-1)
@@ -171,19 +195,48 @@ class ExitPolicy:
         score_N, state = self.score(k, z_NC, state)
         return (score_N >= threshold if RULES[self.rule].high_leaves else score_N <= threshold), state
 
+    def unsure(self, z_NC: Tensor, state: State, *, final: bool = True) -> Tensor:
+        """What samples are answered that no exit is sure of, (N, C) logits: the fallback's.
+
+        Args:
+            z_NC: what the last exit that they came to says.
+            state: after the last exit that is on, as for `decide`.
+            final: whether the last exit they came to is the final one, which the state never knows.
+        """
+        if self.fallback == "final" or not state:
+            return z_NC
+        sum_NC = state[-1] + torch.softmax(z_NC.float() / self.final_temperature, -1) if final else state[-1]
+        mean_NC = sum_NC / sum_NC.sum(-1, keepdim=True)
+        return mean_NC.clamp(min=torch.finfo(mean_NC.dtype).tiny).log().to(z_NC.dtype)
+
     def exit_of(self, logits: Sequence[Tensor]) -> Tensor:
         """(N,) int64: the exit that answers each sample, from every exit's logits (N, C), the final ones last."""
+        return self._walk(logits)[0]
+
+    def answers(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(N,) int64 each: the exit that answers each sample, as `exit_of`, and the class."""
+        at_N, state = self._walk(logits)
+        last_NC = self.unsure(logits[-1], state)
+        classes_KN = torch.stack([z.argmax(-1) for z in (*logits[:-1], last_NC)])
+        return at_N, classes_KN.gather(0, at_N[None])[0]
+
+    def _walk(self, logits: Sequence[Tensor]) -> tuple[Tensor, State]:
         at_N = torch.full((len(logits[-1]),), len(logits) - 1, device=logits[-1].device)
         state: State = ()
         for k, z_NC in enumerate(logits[:-1]):
             leaves_N, state = self.decide(k, z_NC, state)
             at_N[leaves_N & (at_N == len(logits) - 1)] = k
-        return at_N
+        return at_N, state
 
     def to_dict(self) -> dict[str, Any]:
         """The policy in JSON's own types."""
-        plain = {"rule": self.rule, "thresholds": list(self.thresholds), "temperatures": list(self.temperatures)}
-        return {**plain, "weights": [list(row) for row in self.weights]} if self.weights else plain
+        lists = {"thresholds": list(self.thresholds), "temperatures": list(self.temperatures)}
+        plain: dict[str, Any] = {"rule": self.rule, **lists}
+        if self.weights:
+            plain["weights"] = [list(row) for row in self.weights]
+        if self.fallback != "final":
+            plain |= {"fallback": self.fallback, "final_temperature": self.final_temperature}
+        return plain
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ExitPolicy":
@@ -192,7 +245,8 @@ class ExitPolicy:
         if missing:
             raise RequestError(f"the exit policy lacks {', '.join(sorted(missing))}")
         weights = tuple(tuple(row) for row in data.get("weights", ()))
-        return cls(data["rule"], tuple(data["thresholds"]), tuple(data["temperatures"]), weights)
+        unsure = {key: data[key] for key in ("fallback", "final_temperature") if key in data}
+        return cls(data["rule"], tuple(data["thresholds"]), tuple(data["temperatures"]), weights, **unsure)
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,8 @@ class Pools:
         with self._pieces.evaluating:
             count = self._pieces.count(len(group), self._nothing.device)
             k, z, values = self._pieces.run_to_exit(pool.stage, group.values, self._on, count, None)
+            if k == len(self._on):
+                z = self._policy.unsure(z, group.state)
             leaves, state = self._decide(k, z, group.state)
         for row, (request, i) in enumerate(group.tickets) if count is not None else ():
             assert count is not None and request.count is not None

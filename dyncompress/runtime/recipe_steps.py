@@ -190,6 +190,8 @@ class Convert:
     """How sure that promise is, 0..1."""
     risk_of: Literal["disagreement", "accuracy-loss"] = "disagreement"
     """What is promised to be rare: other answers than the full model's, or accuracy lost against it."""
+    fallback: Literal["final", "ensemble"] = "final"
+    """Who answers samples that no exit is sure of: the final exit, or the mean of all on the way."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of training; by default what accelerate is configured to."""
 
