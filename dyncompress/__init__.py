@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .compress.compare import Comparison, compare
     from .compress.convert import convert
     from .compress.evaluate import evaluate
+    from .compress.gating import gate
     from .compress.prune import prune
     from .compress.recalibrate import recalibrate_batchnorm
     from .compress.sparsify import sparsify
@@ -44,6 +45,7 @@ _HOMES = {
     "compress.compare": ("Comparison", "compare"),
     "compress.convert": ("convert",),
     "compress.evaluate": ("evaluate",),
+    "compress.gating": ("gate",),
     "compress.prune": ("prune",),
     "compress.stream_prune": ("prune_checkpoint",),
     "compress.recalibrate": ("recalibrate_batchnorm",),
@@ -82,6 +84,7 @@ __all__ = [
     "convert",
     "evaluate",
     "export_onnx",
+    "gate",
     "infer_axes",
     "load",
     "load_data",

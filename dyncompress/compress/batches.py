@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,19 @@ from ..errors import RequestError
 from ..passes.capture import split_inputs
 
 LabelledData = Dataset[Any]  # map-style; item i is (inputs, int label)
+
+_CALIBRATION_SHARE = 0.15  # of a data set that comes without splits
+
+
+@runtime_checkable
+class HasSplits(Protocol):
+    """Data that comes divided: `train` fits the weights, `calibration` the temperatures and thresholds."""
+
+    @property
+    def train(self) -> LabelledData: ...
+
+    @property
+    def calibration(self) -> LabelledData: ...
 
 
 def size_of(data: LabelledData, what: str) -> int:
@@ -98,3 +111,15 @@ def split_off(data: LabelledData, share: float, seed: int) -> tuple[LabelledData
         raise RequestError(f"{count} samples are too few to set {share:.0%} aside: give more, or give both parts")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(data, order[taken:]), Subset(data, order[:taken])
+
+
+def divided(data: HasSplits | LabelledData, seed: int) -> tuple[LabelledData, LabelledData]:
+    """The training and the calibration set: the data's own, or 15 % set aside at random.
+
+    Raises:
+        RequestError: one of them would be empty.
+    """
+    if isinstance(data, HasSplits):
+        size_of(data.calibration, "calibration")
+        return data.train, data.calibration
+    return split_off(data, _CALIBRATION_SHARE, seed)

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +22,7 @@ from ..passes.capture import Inputs, capture
 from ..passes.exits import EVERY, InsertExits
 from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import Fallback
-from .batches import LabelledData, device_of_model, examples_of, size_of, split_off, to_device
+from .batches import HasSplits, LabelledData, device_of_model, divided, examples_of, size_of, to_device
 from .candidates import collect_cached
 from .choose import RiskKind, SearchKind, check_goal, choose_policy
 from .data_free import COST, check_without_data, splits_of_impressions
@@ -35,19 +35,6 @@ from .risk import check_samples
 from .trainer import training_device
 
 SEARCH = "search"
-
-_CALIBRATION_SHARE = 0.15  # of a data set that comes without splits
-
-
-@runtime_checkable
-class HasSplits(Protocol):
-    """Data that comes divided: `train` fits the weights, `calibration` the temperatures and thresholds."""
-
-    @property
-    def train(self) -> LabelledData: ...
-
-    @property
-    def calibration(self) -> LabelledData: ...
 
 
 def convert(
@@ -125,7 +112,7 @@ def convert(
         check_without_data(recipe, freeze_trunk, risk, shots)
     if trunk_lr <= 0:
         raise RequestError(f"trunk_lr is {trunk_lr}: give a positive share of lr, or freeze the trunk")
-    splits = None if data is None else _divided(data, seed)
+    splits = None if data is None else divided(data, seed)
     if splits is not None and risk is not None:
         _check_promise(splits[1], risk, confidence, risk_of)
     if example_inputs is None:
@@ -160,13 +147,6 @@ def convert(
         report |= choose_policy(dynamic, calibration, **policy)
     dynamic.trunk.meta["info"] = {**dynamic.trunk.meta.get("info", {}), "convert": report}  # checkpoints carry it
     return dynamic
-
-
-def _divided(data: HasSplits | LabelledData, seed: int) -> tuple[LabelledData, LabelledData]:
-    if isinstance(data, HasSplits):
-        size_of(data.calibration, "calibration")
-        return data.train, data.calibration
-    return split_off(data, _CALIBRATION_SHARE, seed)
 
 
 def _check_promise(calibration: LabelledData, risk: float, confidence: float, risk_of: RiskKind) -> None:

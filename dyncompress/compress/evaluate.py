@@ -24,7 +24,7 @@ from .losses import IGNORED, check_labels, logits_of
 class ExitUse:
     """One exit on a data set.
 
-    at: the graph node it follows; "output" for the final one. macs: of a sample that leaves there.
+    at: the graph node it follows; "output" for the final one. macs: of a sample that leaves there, the mean with gates.
     share: of the samples that it answered, 0..1. accuracy: on those, 0..1; None where there are none.
     """
 
@@ -108,7 +108,7 @@ def _exit_uses(model: DynamicModel, used: Tensor, right: Tensor, counted: Tensor
         uses.append(
             ExitUse(
                 at=at,
-                macs=int(macs[here][0]) if bool(here.any()) else cost,  # heads that are off cost nothing
+                macs=round(float(macs[here].mean())) if bool(here.any()) else cost,  # heads that are off cost nothing
                 share=float(here.double().mean()),
                 accuracy=float(right[here].sum()) / positions if positions else None,
             )

@@ -18,7 +18,7 @@ frozen is frozen in evaluation mode: batch norms and dropout too.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,18 +26,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, fx, nn
 
 from ..errors import RequestError
 from ..passes.insertion import all_logits, exit_modules, needed_for
 from ..runtime.dynamic import DynamicModel
-from .batches import LabelledData, size_of
+from .batches import LabelledData
 from .distill import SelfDistillation
 from .exit_losses import ExitLoss, FrozenTeacher, Hints, Ramped, Teachers, Weighted
 from .hints import Hinted, Tapped, Taught
 from .meta_exits import train_meta
-from .trainer import Epoch, Optimizer, fit
+from .trainer import Epoch, Optimizer, count_steps, fit, fixed
 
 _BRANCHY = (1.0, 0.3)  # weights of the first and of the last exit
 _RAMP = (0.15, 0.9)  # where the weights of the first and of the last early exit end
@@ -122,9 +121,7 @@ def train_exits(
     if recipe == META:
         return train_meta(dynamic, train, lr=lr, batch_size=batch_size, epochs=epochs, run_dir=run_dir, **options)
     phases = [p for p in RECIPES[recipe] if trunk_lr > 0 or p.moves != "trunk"]
-    processes = PartialState().num_processes
-    size = size_of(train, "training")
-    steps = epochs * (size // (processes * max(1, min(batch_size, size // processes))))
+    steps = count_steps(train, epochs, batch_size)
     history: list[Epoch] = []
     for number, phase in enumerate(phases, start=1):
         folder = run_dir if run_dir is None or len(phases) == 1 else Path(run_dir) / f"phase-{number}"
@@ -157,9 +154,9 @@ def _train(
         groups[0]["params"] += list(model.extra.parameters())
     optimizer: Optimizer = partial(torch.optim.SGD, momentum=0.9) if phase.balanced else torch.optim.AdamW
     still = [p for n, p in [*heads.items(), *rest.items()] if n not in moved and not (with_trunk and n in rest)]
-    fixed = [] if with_trunk else _outside(trunk, exit_modules(trunk))
-    with _fixed(still), _divided_gradients(trunk) if phase.balanced else _fixed([]):
-        return fit(model, loss, train, lr=lr, parameters=groups, keep_eval=fixed, optimizer=optimizer, **options)
+    frozen = [] if with_trunk else _outside(trunk, exit_modules(trunk))
+    with fixed(still), _divided_gradients(trunk) if phase.balanced else fixed([]):
+        return fit(model, loss, train, lr=lr, parameters=groups, keep_eval=frozen, optimizer=optimizer, **options)
 
 
 def _divided(trunk: fx.GraphModule) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -179,17 +176,6 @@ def _outside(trunk: fx.GraphModule, own: set[str]) -> list[nn.Module]:
         if not inside and not holds:
             found.append(module)
     return found
-
-
-@contextmanager
-def _fixed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    for parameter in parameters:
-        parameter.requires_grad = False
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad = True
 
 
 @contextmanager

@@ -304,6 +304,25 @@ class _Shell(nn.Module):
         return self.model(*args, **kwargs)
 
 
+def count_steps(dataset: LabelledData, epochs: int, batch_size: int) -> int:
+    """How many steps `fit` takes."""
+    processes, size = PartialState().num_processes, size_of(dataset, "training")
+    return epochs * (size // (processes * max(1, min(batch_size, size // processes))))
+
+
+@contextmanager
+def fixed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """These parameters do not learn meanwhile."""
+    held = list(parameters)
+    for parameter in held:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad = True
+
+
 def training_device() -> torch.device:
     """The device that accelerate chooses on this machine, or for this process."""
     return PartialState().device

@@ -27,6 +27,8 @@ from .typing import Typing, type_graph
 aten = torch.ops.aten
 POOLED, FF1, FF2, RECURRENT, POLICY = GATES = ("pooled", "ff1", "ff2", "recurrent", "policy")
 
+GATES_PATH = "gates."  # where the gates' modules and parameters are
+
 _CHEAP = 0.01  # of the model's MACs, for all gates together
 
 

@@ -99,6 +99,11 @@ class DynamicModel(nn.Module):
         return [gate["branch"] for gate in self.trunk.meta.get("gates", [])]
 
     @property
+    def branch_macs(self) -> list[int]:
+        """MACs per sample of each of `gates`."""
+        return [macs for stage in self._pieces().stages for macs in stage.branch_macs]
+
+    @property
     def num_classes(self) -> int:
         return self._answer.shape[-1]
 

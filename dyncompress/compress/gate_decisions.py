@@ -1,0 +1,82 @@
+"""How a gate decides while it learns: its logit l (N,) -> the factor of its branch (N,), differentiable or sampled.
+
+    gumbel     1[l + n > 0], n = log u - log(1 - u);  backwards as sigmoid((l + n) / tau)       (Jang et al. 2017)
+    relaxed    sigmoid(l)                                                                  (SkipNet, supervised stage)
+    sampled    Bernoulli(sigmoid(l)), no gradient through it                       (SkipNet, BlockDrop: policy gradient)
+
+A softmax over two logits with Gumbel noise is a sigmoid of their difference with logistic noise. At evaluation a gate
+is open where l > 0, without noise.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+TEMPERATURES = 1.0, 0.3  # tau of the first and of the last step; it falls geometrically
+_MIXED = 0.8  # BlockDrop explores: p <- .8 p + .2 (1 - p)
+
+
+@dataclass
+class Progress:
+    """How far a training is: `done` of `steps`."""
+
+    steps: int
+    done: int = 0
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.done / self.steps)
+
+
+class Gumbel(nn.Module):
+    """Hard decisions with noise, the gradient of soft ones."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.progress = progress
+
+    @property
+    def temperature(self) -> float:
+        first, last = TEMPERATURES
+        return first * (last / first) ** self.progress.share
+
+    def forward(self, logit: Tensor, k: int) -> Tensor:
+        uniform = torch.rand_like(logit, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
+        noisy = logit + torch.logit(uniform)
+        soft = torch.sigmoid(noisy / self.temperature)
+        return (noisy > 0).to(soft.dtype) - soft.detach() + soft
+
+
+class Relaxed(nn.Module):
+    """The branch by the probability that it runs."""
+
+    def forward(self, logit: Tensor, k: int) -> Tensor:
+        return torch.sigmoid(logit)
+
+
+class Sampled(nn.Module):
+    """Decisions drawn at random, or the likelier ones while `greedy`; the first `forced` gates stay open."""
+
+    def __init__(self, mixed: bool) -> None:
+        super().__init__()
+        self.mixed, self.greedy, self.forced = mixed, False, 0
+
+    def forward(self, logit: Tensor, k: int) -> Tensor:
+        if k < self.forced:
+            return torch.ones_like(logit)
+        if self.greedy:
+            return (logit > 0).to(logit.dtype)
+        return torch.bernoulli(probabilities(logit.detach(), self.mixed)).to(logit.dtype)
+
+
+def probabilities(logit: Tensor, mixed: bool) -> Tensor:
+    """The probability that a gate is drawn open, float32; `mixed`: BlockDrop's, which never comes near 0 or 1."""
+    p = torch.sigmoid(logit.float())
+    return _MIXED * p + (1 - _MIXED) * (1 - p) if mixed else p
+
+
+def log_likelihood(logits: Tensor, drawn: Tensor, mixed: bool) -> Tensor:
+    """log p(drawn), the shape of `logits`; `drawn` is 0 or 1."""
+    p = probabilities(logits, mixed)
+    return torch.where(drawn > 0.5, p, 1 - p).clamp_min(1e-8).log()
