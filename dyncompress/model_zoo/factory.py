@@ -17,13 +17,16 @@ from .arrays import count_classes
 from .options import SOURCES
 from .splits import CALIBRATION_SHARE, Splits, stratified_split
 
+_IGNORED = -100  # the label of a position that counts for nothing
+
 
 def load_factory(source: str, seed: int) -> Splits:
     """The splits that the function at `package.module:factory` returns; it is called without arguments.
 
     For a (train, test) pair, calibration is split off train and the labels are read from every sample once.
     The working directory is searched too. Raises RequestError when the function cannot be found, fails, or returns
-    something else than non-empty datasets of (tensor, int label).
+    something else than non-empty datasets of (tensor, int label), or of (tensor, labels (T,)) where -100 counts for
+    nothing.
     """
     with _working_directory_importable():
         result = _call(_find(source), source)
@@ -35,9 +38,10 @@ def load_factory(source: str, seed: int) -> Splits:
     for part, data in (("train", train), ("test", test)):
         _check_dataset(data, f"{source}: {part}")
     labels = {"train": _labels(train), "test": _labels(test)}
-    classes = count_classes(labels, source)
+    classes = count_classes({part: torch.cat(found) for part, found in labels.items()}, source)
+    strata = torch.zeros(len(train)) if _per_position(train[0][1]) else torch.cat(labels["train"])
     shares = (1 - CALIBRATION_SHARE, CALIBRATION_SHARE)
-    kept, taken = (ids.tolist() for ids in stratified_split(labels["train"], shares, seed))
+    kept, taken = (ids.tolist() for ids in stratified_split(strata, shares, seed))
     return _checked(Splits(Subset(train, kept), Subset(train, taken), test, classes, source))
 
 
@@ -83,31 +87,39 @@ def _checked(splits: Splits) -> Splits:
 
 
 def _check_dataset(data: Any, where: str) -> None:
-    """Non-empty, with a finite tensor and a whole number in its first item; the other items are trusted."""
+    """Non-empty, with a finite tensor and whole numbers in its first item; the other items are trusted."""
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise RequestError(f"{where} is {_kind(data)}: give a torch Dataset with a length")
     if len(data) == 0:
         raise RequestError(f"{where} is empty: give at least one sample")
     item = data[0]
     if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Tensor)):
-        raise RequestError(f"{where}: its first item is {_kind(item)}, not (input tensor, int label)")
+        raise RequestError(f"{where}: its first item is {_kind(item)}, not (input tensor, int label) or labels (T,)")
     _label(item[1], where)
     if item[0].is_floating_point() and not bool(item[0].isfinite().all()):
         raise RequestError(f"{where}: its first input holds NaN or infinity: clean the data")
 
 
-def _label(label: Any, where: str) -> int:
-    try:
-        value = operator.index(label)
-    except TypeError as error:
-        raise RequestError(f"{where}: label {label!r} is no whole number: labels must be 0..classes-1") from error
-    if value < 0:
-        raise RequestError(f"{where}: label {value} is out of range: labels start at 0")
-    return value
+def _label(label: Any, where: str) -> Tensor:
+    """The label of one sample, (1,), or those of its positions that count; int64."""
+    if _per_position(label):
+        values = label[label != _IGNORED].long()
+    else:
+        try:
+            values = torch.tensor([operator.index(label)])
+        except TypeError as error:
+            raise RequestError(f"{where}: label {label!r} is no whole number: labels must be 0..classes-1") from error
+    if bool((values < 0).any()):
+        raise RequestError(f"{where}: label {int(values.min())} is out of range: labels start at 0")
+    return values
 
 
-def _labels(data: Any) -> Tensor:
-    return torch.tensor([_label(data[index][1], f"sample {index}") for index in range(len(data))])
+def _per_position(label: Any) -> bool:
+    return isinstance(label, Tensor) and label.dim() == 1 and not label.is_floating_point()
+
+
+def _labels(data: Any) -> list[Tensor]:
+    return [_label(data[index][1], f"sample {index}") for index in range(len(data))]
 
 
 def _kind(value: Any) -> str:
