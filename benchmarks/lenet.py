@@ -4,9 +4,9 @@
 
 The network is trained alone; its copies then get the branch, on a frozen trunk or together with it, as BranchyNet does.
 Thresholds are those that lose a tenth of a point on the calibration split; everything else is of the test split.
-Milliseconds per call at 1, 16 and 256 samples, one thread, static and dynamic taking turns, in PyTorch and, exported, in
-onnxruntime; "all leave" is the same network under a policy that lets everyone leave at the branch: no threshold can be
-faster. What is measured is not measured again.
+Milliseconds per call at 1, 16 and 256 samples, one thread, static and dynamic taking turns, in PyTorch and, exported,
+in onnxruntime; "all leave" is the same network under a policy that lets everyone leave at the branch: no threshold can
+be faster. What is measured is not measured again.
 """
 
 import argparse
