@@ -3,7 +3,7 @@
 total = shortcut + branch * open     becomes     total[open] = shortcut[open] + branch(what enters it [open])
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,11 +131,13 @@ class GatedBranch(nn.Module):
 
     `body` takes what enters the branch and returns a tuple of its result; `per_sample` says which of it have one row
     per sample. `copied`: what comes out is written to later, so that it may not be the shortcut itself.
+    `macs_per_sample` are those of a sample whose gate is open.
     """
 
-    def __init__(self, body: fx.GraphModule, per_sample: Sequence[bool], copied: bool) -> None:
+    def __init__(self, body: fx.GraphModule, per_sample: Sequence[bool], copied: bool, macs_per_sample: int) -> None:
         super().__init__()
         self.body, self.per_sample, self.copied = body, list(per_sample), copied
+        self.macs_per_sample = macs_per_sample
 
     def forward(self, opened: Tensor, shortcut: Tensor, *entering: Tensor) -> Tensor:
         """`opened` (N,) bool, the rest (N, ...) where per sample; one read of how many are open per call."""
@@ -155,10 +157,11 @@ class Skipping:
     Args:
         gates: whose branches are to be skipped; none: everything is copied as it is.
         body: makes a module of (inputs, nodes, outputs) of the graph.
+        macs: of every node.
     """
 
-    def __init__(self, gates: list[Gate], flow: Flow, body: Body) -> None:
-        self.gates, self.flow, self._body = gates, flow, body
+    def __init__(self, gates: list[Gate], flow: Flow, body: Body, macs: Mapping[fx.Node, int]) -> None:
+        self.gates, self.flow, self._body, self.macs = gates, flow, body, macs
         self._at = {gate.total: gate for gate in gates}
         self._inside = {node for gate in gates for node in (*gate.nodes, *gate.scale)}
 
@@ -172,10 +175,14 @@ class Skipping:
         elif node not in self._inside:
             copies[node] = graph.node_copy(node, fetch)
 
+    def branch_macs(self, gate: Gate) -> int:
+        return sum(self.macs[n] for n in gate.nodes)
+
     def _call(self, graph: fx.Graph, owner: nn.Module, gate: Gate, fetch: Callable[[fx.Node], fx.Node]) -> fx.Node:
         entering = self.flow.entering(gate.nodes)
         per_sample = [self.flow.per_sample(n) for n in entering]
-        module = GatedBranch(self._body(entering, gate.nodes, (gate.end,)), per_sample, overwritten(gate.total))
+        body = self._body(entering, gate.nodes, (gate.end,))
+        module = GatedBranch(body, per_sample, overwritten(gate.total), self.branch_macs(gate))
         name = f"branch_{self.gates.index(gate)}"
         owner.add_module(name, module)
         args = tuple(fetch(n) for n in (gate.open, gate.shortcut, *entering))

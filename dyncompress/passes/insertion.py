@@ -124,7 +124,8 @@ def insert_head(gm: fx.GraphModule, path: str, head: nn.Module, inputs: tuple[fx
 def container(module: nn.Module) -> nn.Module:
     """A plain module that holds what another one holds."""
     plain = nn.Module()
-    plain._modules, plain._parameters, plain._buffers = module._modules, module._parameters, module._buffers
+    own = (module._modules, module._parameters, module._buffers)
+    plain._modules, plain._parameters, plain._buffers = map(dict, own)  # what is added to it stays its own
     return plain
 
 

@@ -80,7 +80,7 @@ def split_stages(gm: fx.GraphModule) -> list[Stage]:
     """
     exits = graph_exits(gm) if gm.meta.get("exits") or not gm.meta.get("gates") else []
     whole = _without(gm, {node for exit in exits for node in exit.nodes})
-    flow, macs, head_macs = Flow(whole, type_graph(whole)), node_macs(whole), node_macs(gm)
+    flow, head_macs = Flow(whole, type_graph(whole)), node_macs(gm)
     skipping = _skipping(gm, whole, flow)
     by_name = {node.name: node for node in whole.graph.nodes}
     nodes = [n for n in whole.graph.nodes if n.op not in {"placeholder", "output"}]
@@ -91,12 +91,12 @@ def split_stages(gm: fx.GraphModule) -> list[Stage]:
         end = nodes.index(at) + 1
         crossing = _crossing(flow, at)
         head = exit.module(gm) or _body(gm, _head_graph(exit))
-        stage = _stage(gm, skipping, macs, live, nodes[:end], crossing, at)
+        stage = _stage(gm, skipping, live, nodes[:end], crossing, at)
         stages.append(replace(stage, head=head, head_macs=sum(head_macs[n] for n in exit.nodes)))
         nodes, live = nodes[end:], crossing
     logits = whole.graph.output_node().args[0]
     assert isinstance(logits, fx.Node)
-    return [*stages, _stage(gm, skipping, macs, live, nodes, (logits,), logits)]
+    return [*stages, _stage(gm, skipping, live, nodes, (logits,), logits)]
 
 
 def _crossing(flow: Flow, at: fx.Node) -> tuple[fx.Node, ...]:
@@ -124,15 +124,15 @@ def _skipping(gm: fx.GraphModule, whole: fx.GraphModule, flow: Flow) -> Skipping
     """What runs the gated branches of `whole`, which has the nodes of `gm`."""
 
     def body(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:
-        return _piece(gm, Skipping([], flow, body), inputs, nodes, outputs)
+        return _piece(gm, Skipping([], flow, body, macs), inputs, nodes, outputs)
 
-    return Skipping(graph_gates(gm, whole.graph), flow, body)
+    macs = node_macs(whole)
+    return Skipping(graph_gates(gm, whole.graph), flow, body, macs)
 
 
 def _stage(
     gm: fx.GraphModule,
     skipping: Skipping,
-    macs: dict[fx.Node, int],
     inputs: tuple[fx.Node, ...],
     nodes: list[fx.Node],
     outputs: tuple[fx.Node, ...],
@@ -146,9 +146,9 @@ def _stage(
         inputs=[n.name for n in inputs],
         outputs=[n.name for n in outputs],
         per_sample=[skipping.flow.per_sample(n) for n in outputs],
-        macs=sum(macs[n] for n in nodes),
+        macs=sum(skipping.macs[n] for n in nodes),
         head_macs=0,
-        branch_macs=tuple(sum(macs[n] for n in gate.nodes) for gate in gates),
+        branch_macs=tuple(map(skipping.branch_macs, gates)),
     )
 
 

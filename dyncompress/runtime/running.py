@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..passes.cost import count_macs
 from ..passes.modes import evaluating
 from ..passes.stages import Stage, split_stages, without_exits
 from .inputs import CallReader
@@ -76,7 +77,7 @@ class Pieces:
         self.graph = trunk.graph
         self.static = without_exits(trunk)
         self.stages: list[Stage] = split_stages(trunk)
-        self.static_macs = sum(stage.macs for stage in self.stages)
+        self.static_macs = count_macs(self.static)
         self.calls = CallReader(trunk)
         self.evaluating = _Modes(trunk)
         for piece in (self.static, *(stage.body for stage in self.stages)):
