@@ -1,0 +1,188 @@
+"""Skip gates on a residual network: the three kinds, random skipping, and a shallower network, at the same MACs.
+
+    python benchmarks/gates.py [--data fashion_mnist] [--depth 20] [--macs 0.65] [--seed 0] [--out FOLDER]
+                                                                              writes benchmarks/gates.json
+
+A network is trained (`resnet_sparsity.py`), and then, for as many epochs each on the same share of the training images:
+
+    static      trained on
+    gumbel, skipnet, blockdrop
+                gated by `dc.gate`, taught by the first network
+    no pretrain skipnet's policy gradients for all of the epochs, without the supervised half
+    random      trained on while branches are skipped at random, as often as the gumbel gates skip them, and tested so
+                (mean of three draws)
+    shallower   sparsified to the same MACs by group lasso over residual branches, then trained on
+
+Accuracy on the test images in float32, MACs as counted while predicting them. Milliseconds per call on test images,
+static and gated taking turns; `realised` is the speed-up over the reduction of MACs. What is measured is not measured
+again.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import AMP, BATCH, FIRST, LR, SGD, check_setting, header, read, start, write
+from data import splits
+from torch import Tensor, fx, nn
+from torch.utils.data import Subset
+
+import dyncompress as dc
+from dyncompress.compress.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.losses import cross_entropy
+from dyncompress.compress.trainer import fit
+from dyncompress.model_zoo import build
+from dyncompress.passes.cost import count_macs
+from dyncompress.passes.gated import deciding
+
+RESULTS = Path(__file__).with_suffix(".json")
+EPOCHS, SHARE, GATE_LR, TRUNK_LR, MORE_LR = 6, 0.5, 5e-3, 0.2, 0.02
+CALLS = {1: 200, 64: 12}
+DRAWS = 3
+
+
+class Random(nn.Module):
+    """Branches that run as often as `rates` say, whatever the sample."""
+
+    def __init__(self, rates: list[float]) -> None:
+        super().__init__()
+        self.rates = rates
+
+    def forward(self, logit: Tensor, k: int) -> Tensor:
+        return torch.bernoulli(torch.full_like(logit, self.rates[k]))
+
+
+class Bench:
+    """One seed's networks: each is trained once, and taken from its folder later."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.folder = asked.out / f"{asked.data}-{asked.depth}-{asked.seed}"
+        self.whole, self.macs, self.depth, self.seed = splits(asked.data), asked.macs, asked.depth, asked.seed
+        self.train = Subset(self.whole.train, range(round(SHARE * len(self.whole.train))))
+        self.options: dict[str, Any] = {"batch_size": BATCH, "seed": asked.seed, "mixed_precision": AMP}
+
+    def fitted(self, model: nn.Module, name: str, data: Any, epochs: int, lr: float, loss: Any = cross_entropy) -> None:
+        run = self.folder / name
+        fit(model, loss, data, epochs=epochs, lr=lr, optimizer=SGD, run_dir=run, resume=run.exists(), **self.options)
+
+    def first(self) -> fx.GraphModule:
+        torch.manual_seed(self.seed)
+        image = self.whole.train[0][0][None]
+        net = build(f"resnet{self.depth}-cifar", channels=image.shape[1])
+        self.fitted(net, "first", self.whole.train, FIRST, LR)
+        return dc.capture(net.eval(), image)
+
+    def static(self) -> fx.GraphModule:
+        gm = self.first()
+        self.fitted(gm, "static", self.train, EPOCHS, MORE_LR)
+        return gm.eval()
+
+    def gated(self, kind: str, pretrain: bool = True) -> dc.DynamicModel:
+        run = self.folder / (kind if pretrain else "no-pretrain")
+
+        class Data:
+            train, calibration = self.train, self.whole.calibration
+
+        return dc.gate(
+            self.first(), data=Data(), kind=kind, macs=self.macs, pretrain=pretrain, epochs=EPOCHS, lr=GATE_LR,
+            trunk_lr=TRUNK_LR, run_dir=run, resume=run.exists(), **self.options,
+        )  # fmt: skip
+
+    def random(self) -> fx.GraphModule:
+        gumbel = self.gated("gumbel")
+        gm = dc.InsertGates()(self.first()).gm
+        run = deciding(gm, Random(gumbel.trunk.meta["info"]["gate"]["open"]))
+        self.fitted(run, "random", self.train, EPOCHS, MORE_LR, lambda out, labels: cross_entropy(out[0][-1], labels))
+        return run.eval()
+
+    def shallower(self) -> fx.GraphModule:
+        run = self.folder / "shallower"
+        return dc.sparsify(
+            self.first(), self.train, macs=self.macs, kinds=("layers",), epochs=EPOCHS // 2,
+            finetune=EPOCHS - EPOCHS // 2, shrink_every=1, lr=MORE_LR, optimizer=SGD, run_dir=run,
+            resume=run.exists(), **self.options,
+        )  # fmt: skip
+
+    # --- rows ----------------------------------------------------------------------------------------------------
+
+    def row(self, name: str) -> dict[str, Any]:
+        """One network's accuracy, MACs and times."""
+        static = self.static()
+        whole = count_macs(static)
+        if name == "random":
+            return self.random_row(whole)
+        model: Any = self.gated(*NAMES[name]) if name in NAMES else self.shallower() if name == "shallower" else static
+        found = dc.evaluate(model, self.whole.test)
+        assert found.mean_macs is not None
+        row = {"accuracy": round(found.accuracy, 4), "macs": round(found.mean_macs / whole, 4)}
+        if name != "static":
+            row |= self.times(static, model, row["macs"])
+        if name in NAMES:
+            report = model.trunk.meta["info"]["gate"]
+            row |= {"open": [round(rate, 3) for rate in report["open"]]}
+            row |= {"loss_by_epoch": [round(epoch["loss"], 4) for epoch in report["history"]]}
+            row |= {"by_hardness": [round(sum(rates) / len(rates), 3) for rates in report["by_hardness"]]}
+        return row
+
+    def times(self, static: fx.GraphModule, model: Any, macs: float) -> dict[str, Any]:
+        """Per call, and the speed-up over what the MACs promise."""
+        run = model.predict if isinstance(model, dc.DynamicModel) else model.eval()
+        ms = measure_latency({"static": static, "this": run}, latency_inputs(self.whole.test, CALLS))
+        speed_up = {size: ms["static"][size] / ms["this"][size] for size in CALLS}
+        return {
+            "ms": {str(size): [round(ms[side][size], 3) for side in ("static", "this")] for size in CALLS},
+            "speed_up": {str(size): round(speed_up[size], 3) for size in CALLS},
+            "realised": {str(size): round(speed_up[size] * macs, 3) for size in CALLS},
+        }
+
+    @torch.no_grad()
+    def random_row(self, whole: int) -> dict[str, Any]:
+        run, right, count = self.random(), 0, 0
+        torch.manual_seed(self.seed)
+        for _ in range(DRAWS):
+            for begin in range(0, len(self.whole.test), 256):
+                batch = [self.whole.test[i] for i in range(begin, min(begin + 256, len(self.whole.test)))]
+                logits = run(torch.stack([x for x, _ in batch]))[0][-1]
+                right += int((logits.argmax(-1) == torch.tensor([y for _, y in batch])).sum())
+                count += len(batch)
+        gumbel = self.gated("gumbel")
+        rates = gumbel.trunk.meta["info"]["gate"]["open"]
+        spent = gumbel.static_macs - sum(
+            (1 - rate) * macs for rate, macs in zip(rates, gumbel.branch_macs, strict=True)
+        )
+        return {"accuracy": round(right / count, 4), "macs": round(spent / whole, 4)}
+
+
+NAMES = {
+    "gumbel": ("gumbel",), "skipnet": ("skipnet",), "blockdrop": ("blockdrop",), "no pretrain": ("skipnet", False),
+}  # fmt: skip
+ROWS = ("static", "gumbel", "shallower", "skipnet", "blockdrop", "random", "no pretrain")
+
+
+def main() -> None:
+    """Trains, measures, writes after every network."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "cifar10"))
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--macs", type=float, default=0.65)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/gates"))
+    asked = start(parser)
+    setting = {
+        "epochs": [FIRST, EPOCHS], "share_of_images": SHARE, "lr": [LR, GATE_LR, MORE_LR], "trunk_lr": TRUNK_LR,
+        "batch": BATCH, "precision": AMP, "macs": asked.macs,
+    }  # fmt: skip
+    result = read(RESULTS) or {**header(f"gates.py --macs {asked.macs}"), "setting": setting, "networks": {}}
+    check_setting(result, setting, RESULTS)
+    rows = result["networks"].setdefault(f"{asked.data} resnet{asked.depth} seed {asked.seed}", {})
+    bench = Bench(asked)
+    for name in ROWS:
+        if name not in rows:
+            rows[name] = bench.row(name)
+            write(RESULTS, result)
+        print(name, rows[name], flush=True)
+
+
+if __name__ == "__main__":
+    main()
