@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,16 +15,18 @@ from ..errors import RequestError
 IR_VERSION = 10
 
 
-@dataclass
+@dataclass(eq=False)
 class Scope:
-    """A graph in the making: the outermost one or a branch of an If, which sees what is outside it."""
+    """A graph in the making: the outermost one or a branch of an If, which sees what is in the `parent` around it."""
 
+    parent: "Scope | None" = None
     nodes: list[ir.Node] = field(default_factory=list)
     weights: list[ir.Value] = field(default_factory=list)
+    made: ir.Graph | None = None
 
     def op(
         self, op: str, inputs: Sequence[ir.Value], name: str,
-        attributes: Mapping[str, int] | None = None, like: ir.Value | None = None,
+        attributes: Mapping[str, int | str] | None = None, like: ir.Value | None = None,
     ) -> ir.Value:  # fmt: skip
         """Adds a node with one output; typed `like` another value, but for the number of rows."""
         node = ir.node(op, inputs, dict(attributes or {}), name=name)
@@ -36,9 +38,34 @@ class Scope:
             output.shape = None if like.shape is None else ir.Shape([None, *like.shape[1:]])
         return output
 
+    def either(
+        self, condition: ir.Value, then: ir.Graph, otherwise: ir.Graph, name: str, named: Sequence[str]
+    ) -> list[ir.Value]:
+        """Adds an If; its outputs are `named`, typed like those of `otherwise`."""
+        branches = {"then_branch": then, "else_branch": otherwise}
+        node = ir.node("If", [condition], branches, num_outputs=len(named), name=name)
+        self.nodes.append(node)
+        for output, like, called in zip(node.outputs, otherwise.outputs, named, strict=True):
+            output.name, output.type, output.shape = called, like.type, like.shape
+        return list(node.outputs)
+
     def graph(self, outputs: Sequence[ir.Value], name: str) -> ir.Graph:
         """The scope as the branch of an If."""
-        return ir.Graph([], outputs, nodes=self.nodes, initializers=self.weights, name=name)
+        self.made = ir.Graph([], outputs, nodes=self.nodes, initializers=self.weights, name=name)
+        return self.made
+
+    def outward(self) -> "Iterator[Scope]":
+        """The scope and those around it."""
+        scope: Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.parent
+
+    def release(self, weight: ir.Value) -> None:
+        """Gives up a weight that another scope takes over."""
+        self.weights.remove(weight)
+        if self.made is not None:
+            self.made.initializers.pop(str(weight.name))
 
 
 class ModelBuilder:
@@ -53,7 +80,7 @@ class ModelBuilder:
         self.settings: list[ir.Value] = []
         self.outside = Scope()
         self._by_name: dict[str, ir.Value] = {}
-        self._by_content: dict[tuple[Any, ...], ir.Value] = {}
+        self._by_content: dict[tuple[Any, ...], tuple[ir.Value, Scope]] = {}
 
     def constant(self, name: str, value: int | Sequence[int]) -> ir.Value:
         """An int64 constant of the outermost scope, the same one for the same name."""
@@ -71,6 +98,13 @@ class ModelBuilder:
             raise RequestError(f"the model has an input named {name}, the name of a threshold; rename it")
         self.settings.append(self._add(self.outside, name, ir.tensor(np.array(default, np.float32), name=name)))
         return self.settings[-1]
+
+    def rows_where(self, mask: ir.Value, scope: Scope, prefix: str) -> tuple[ir.Value, ir.Value]:
+        """The rows where bool (M,) holds, as int64, and whether there are any, bool ()."""
+        found = scope.op("NonZero", [mask], f"{prefix}/found")
+        index = scope.op("Reshape", [found, self.constant("flat", [-1])], f"{prefix}/index")
+        count = scope.op("Size", [index], f"{prefix}/count")
+        return index, scope.op("Greater", [count, self.constant("zero", 0)], f"{prefix}/any")
 
     def inline(self, graph: ir.Graph, inputs: Sequence[ir.Value], scope: Scope, prefix: str) -> list[ir.Value]:
         """Moves the nodes of a traced graph into `scope`, where they read `inputs`; returns its outputs.
@@ -124,13 +158,20 @@ class ModelBuilder:
         return model
 
     def _weight(self, scope: Scope, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        """The initialiser that holds these very numbers; stages run inside one another, so the first to ask has it."""
+        """The initialiser that holds these very numbers, in the innermost scope around all that ask for it."""
         content = hashlib.sha256(tensor.tobytes()).digest(), tensor.dtype, tuple(tensor.shape)
         if content not in self._by_content:
             while name in self._by_name:
                 name += "_"
-            self._by_content[content] = self._add(scope, name, tensor)
-        return self._by_content[content]
+            self._by_content[content] = self._add(scope, name, tensor), scope
+        value, owner = self._by_content[content]
+        around = set(scope.outward())
+        shared = next(s for s in owner.outward() if s in around)
+        if shared is not owner:
+            owner.release(value)
+            shared.weights.append(value)
+            self._by_content[content] = value, shared
+        return value
 
     def _add(self, scope: Scope, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)

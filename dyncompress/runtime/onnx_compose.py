@@ -6,18 +6,21 @@
                                   ScatterND its logits and exit indices over those of stage 0
                             else  those of stage 0 as they are
 
+Gated branches become Ifs of their own inside each stage (see `onnx_gates`).
 Thresholds are constants, or inputs with a default that a caller may leave out.
 The branch that is not taken is not computed, and in the one that is every operator sees the rows that stay.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import onnx_ir as ir
 
 from .onnx_build import ModelBuilder, Scope
-from .onnx_segments import THRESHOLD, Segment
+from .onnx_gates import skip_branches
+from .onnx_segments import GATES, THRESHOLD, Segment
 
-_ANSWER = ("logits", "exit_index")
+_ANSWER = ("logits", "exit_index", "gates")  # without gates, two of them
 
 
 def compose(inputs: Sequence[str], segments: list[Segment], exit_macs: Sequence[int], opset: int) -> ir.Model:
@@ -36,10 +39,10 @@ def compose(inputs: Sequence[str], segments: list[Segment], exit_macs: Sequence[
     given = {name: v for name, v in zip(first.inputs, first.graph.inputs, strict=True) if name != THRESHOLD}
     builder = ModelBuilder(list(zip(inputs, given.values(), strict=True)))
     crossing = dict(zip(given, builder.inputs, strict=True))
-    logits, exit_index = _answer(builder, segments, 0, crossing, builder.outside)
-    costs = builder.constant("exits/macs_of", exit_macs)
-    macs = builder.outside.op("Gather", [costs, exit_index], "exits/macs", like=exit_index)
-    return builder.model([("logits", logits), ("exit_index", exit_index), ("macs", macs)], opset)
+    logits, exit_index, *gates = _answer(builder, segments, 0, crossing, builder.outside)
+    macs = _macs(builder, segments, exit_macs, exit_index, gates)
+    outputs = [("logits", logits), ("exit_index", exit_index), ("macs", macs)]
+    return builder.model([*outputs, *(("gates", opened) for opened in gates)], opset)
 
 
 def compose_static(inputs: Sequence[str], graph: ir.Graph, outputs: Sequence[str], opset: int) -> ir.Model:
@@ -53,6 +56,26 @@ def compose_static(inputs: Sequence[str], graph: ir.Graph, outputs: Sequence[str
     return builder.model(list(zip(outputs, results, strict=True)), opset)
 
 
+def _macs(
+    builder: ModelBuilder,
+    segments: list[Segment],
+    exit_macs: Sequence[int],
+    exit_index: ir.Value,
+    gates: list[ir.Value],
+) -> ir.Value:
+    """int64 (N,): what each sample cost up to its exit without any gated branch, and the branches that ran for it."""
+    scope, spent = builder.outside, list(exit_macs)
+    for segment, branches in zip(segments, accumulate(sum(s.branch_macs) for s in segments), strict=True):
+        spent[segment.exit] -= branches
+    macs = scope.op("Gather", [builder.constant("exits/macs_of", spent), exit_index], "exits/macs", like=exit_index)
+    for opened in gates:
+        costs = builder.constant("gates/macs_of", [macs for segment in segments for macs in segment.branch_macs])
+        ran = scope.op("Where", [opened, costs, builder.constant("zero", 0)], "gates/ran")
+        spent_there = scope.op("ReduceSum", [ran, builder.constant("axis_1", [1])], "gates/macs", {"keepdims": 0})
+        macs = scope.op("Add", [macs, spent_there], "gates/and_macs", like=exit_index)
+    return macs
+
+
 def _answer(
     builder: ModelBuilder, segments: list[Segment], i: int, crossing: Mapping[str, ir.Value], scope: Scope
 ) -> list[ir.Value]:
@@ -60,11 +83,13 @@ def _answer(
     segment = segments[i]
     given = [_threshold(builder, segment) if n == THRESHOLD else crossing[n] for n in segment.inputs]
     results = builder.inline(segment.graph, given, scope, f"stage{i}")
+    results = skip_branches(builder, scope, segment.branches, results, f"stage{i}")
+    live = {**crossing, **dict(zip(segment.outputs, results, strict=False))}
     z = results[len(segment.outputs)]
     here = [z, _exit_number(builder, scope, z, segment.exit, f"stage{i}/exit")]
+    here += [live[GATES]] if GATES in live else []
     if i + 1 == len(segments):
         return here
-    live = {**crossing, **dict(zip(segment.outputs, results, strict=False))}
     return _answer_or_go_on(builder, segments, i, live, here, results[-1], scope)
 
 
@@ -74,27 +99,19 @@ def _answer_or_go_on(
 ) -> list[ir.Value]:  # fmt: skip
     """What segment `i` answers, overwritten for the samples that stay by what comes after it."""
     prefix = f"stage{i}/exit"
-    found = scope.op("NonZero", [stay], f"{prefix}/staying")
-    index = scope.op("Reshape", [found, builder.constant("exits/flat", [-1])], f"{prefix}/index")
-    count = scope.op("Size", [index], f"{prefix}/count")
-    anyone = scope.op("Greater", [count, builder.constant("exits/nobody", 0)], f"{prefix}/anyone")
-    branches = {
-        "then_branch": _deeper(builder, segments, i + 1, live, here, index),
-        "else_branch": _unchanged(here, f"stage{i}/all_leave"),
-    }
-    node = ir.node("If", [anyone], branches, num_outputs=len(here), name=f"{prefix}/if")
-    scope.nodes.append(node)
-    for what, value, mine in zip(_ANSWER, node.outputs, here, strict=True):
-        value.name, value.type, value.shape = f"{prefix}/{what}", mine.type, mine.shape
-    return list(node.outputs)
+    index, anyone = builder.rows_where(stay, scope, prefix)
+    deeper = _deeper(builder, segments, i + 1, live, here, index, Scope(scope))
+    unchanged = _unchanged(here, f"stage{i}/all_leave", Scope(scope))
+    names = [f"{prefix}/{what}" for what, _ in zip(_ANSWER, here, strict=False)]
+    return scope.either(anyone, deeper, unchanged, f"{prefix}/if", names)
 
 
 def _deeper(
     builder: ModelBuilder, segments: list[Segment], i: int, live: Mapping[str, ir.Value], here: list[ir.Value],
-    index: ir.Value,
+    index: ir.Value, scope: Scope,
 ) -> ir.Graph:  # fmt: skip
     """The branch where segment `i` and what follows run on the rows `index`."""
-    scope, prefix = Scope(), f"stage{i}"
+    prefix = f"stage{i}"
     crossing = {
         name: scope.op("Gather", [live[name], index], f"{prefix}/in/{name}", {"axis": 0}, like=live[name])
         if name in segments[i - 1].per_sample
@@ -103,17 +120,16 @@ def _deeper(
         if name != THRESHOLD
     }
     answer = _answer(builder, segments, i, crossing, scope)
-    rows = scope.op("Unsqueeze", [index, builder.constant("exits/axis_1", [1])], f"{prefix}/out/rows")
+    rows = scope.op("Unsqueeze", [index, builder.constant("axis_1", [1])], f"{prefix}/out/rows")
     merged = [
         scope.op("ScatterND", [mine, rows, theirs], f"{prefix}/out/{what}", like=mine)
-        for what, mine, theirs in zip(_ANSWER, here, answer, strict=True)
+        for what, mine, theirs in zip(_ANSWER, here, answer, strict=False)
     ]
     return scope.graph(merged, prefix)
 
 
-def _unchanged(here: list[ir.Value], prefix: str) -> ir.Graph:
-    scope = Scope()
-    kept = [scope.op("Identity", [v], f"{prefix}/{what}", like=v) for what, v in zip(_ANSWER, here, strict=True)]
+def _unchanged(here: list[ir.Value], prefix: str, scope: Scope) -> ir.Graph:
+    kept = [scope.op("Identity", [v], f"{prefix}/{what}", like=v) for what, v in zip(_ANSWER, here, strict=False)]
     return scope.graph(kept, prefix)
 
 

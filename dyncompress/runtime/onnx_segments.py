@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import DynCompressError
 from ..passes.stages import Stage, split_stages
 from .dynamic import DynamicModel
+from .onnx_gates import TracedBranch, trace_branches, use_onnx_branches
 from .onnx_heads import use_window_pooling
 from .onnx_recurrent import use_onnx_layers
 from .onnx_trace import Value, trace
@@ -24,6 +25,8 @@ _ANSWERS, _SUM = ("exit_rule.answer", "exit_rule.agreed"), "exit_rule.probabilit
 _STATE = (*_ANSWERS, _SUM)
 # The input of a segment that holds its exit's threshold, where that is not written into the graph.
 THRESHOLD = "exit_rule.threshold"
+# What skip gates decided so far, (M, gates) bool; gates to come count as closed.
+GATES = "skip_gates.open"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Segment:
 
     `graph` takes the values named `inputs` and gives those named `outputs`, then the logits (M, C) and, but for the
     last segment, bool (M,): who stays. `per_sample` are the values of both that have one row per sample. `threshold` is
-    the exit's (the end has none), which the graph takes as the input `THRESHOLD` or holds itself.
+    the exit's (the end has none), which the graph takes as the input `THRESHOLD` or holds itself. Of a model with skip
+    gates, the operator named as one of the `branches` stands for it; `branch_macs` is what each costs a sample.
     """
 
     graph: ir.Graph
@@ -41,17 +45,19 @@ class Segment:
     outputs: list[str]
     per_sample: set[str]
     threshold: float | None
+    branches: dict[str, TracedBranch]
+    branch_macs: tuple[int, ...]
 
 
 class _Piece(nn.Module):
     """The stages up to a live exit, its head and its rule, as one module of positional tensors."""
 
     def __init__(
-        self, stages: list[Stage], inputs: list[str], fixed: dict[str, Any], policy: ExitPolicy, k: int
+        self, stages: list[Stage], inputs: list[str], fixed: dict[str, Any], policy: ExitPolicy, k: int, gates: "_Gates"
     ) -> None:
         super().__init__()
         self.bodies = nn.ModuleList(s.body for s in stages)
-        self.stages, self.inputs, self.fixed, self.policy, self.k = stages, inputs, fixed, policy, k
+        self.stages, self.inputs, self.fixed, self.policy, self.k, self.gates = stages, inputs, fixed, policy, k, gates
         last = stages[-1]
         self.state = [
             *(_ANSWERS if RULES[policy.rule].remembers else ()),
@@ -59,15 +65,21 @@ class _Piece(nn.Module):
         ]
         passed = [n for n in last.outputs if n not in stages[0].inputs]
         self.outputs = [] if last.head is None else [*passed, *self.state]
+        self.outputs += [GATES] if gates.count else []
 
     def forward(self, *given: Value) -> tuple[Value, ...]:
         values: dict[str, Any] = {**self.fixed, **dict(zip(self.inputs, given, strict=True))}
+        opened: list[Tensor] = []
         for stage, body in zip(self.stages, self.bodies, strict=True):
-            values.update(zip(stage.outputs, body(*(values[n] for n in stage.inputs)), strict=True))
+            results = body(*(values[n] for n in stage.inputs))
+            values.update(zip(stage.outputs, results, strict=False))
+            opened += results[len(stage.outputs) :]
         z, head = values[self.stages[-1].at], self.stages[-1].head
+        if self.gates.count:
+            values[GATES] = self.gates.with_open(values.get(GATES), opened, z)
         state = tuple(values[n] for n in self.state if n in values)
         if head is None:
-            return (self.policy.unsure(z, state),)
+            return (*(values[n] for n in self.outputs), self.policy.unsure(z, state))
         z = head(z)
         leaves, state = self._decide(z, state, values.get(THRESHOLD))
         values.update(zip(self.state, state, strict=True))
@@ -78,6 +90,21 @@ class _Piece(nn.Module):
             return self.policy.decide(self.k, z, state)
         score, state = self.policy.score(self.k, z, state)
         return (score >= threshold if RULES[self.policy.rule].high_leaves else score <= threshold), state
+
+
+@dataclass(frozen=True)
+class _Gates:
+    """How many skip gates a model has, and how many of them come before a segment."""
+
+    count: int
+    before: int
+
+    def with_open(self, known: Tensor | None, opened: list[Tensor], rows: Tensor) -> Tensor:
+        """The decisions so far, (M, gates): those `known` before, those of the segment, and False for later ones."""
+        found = [] if known is None else [known[:, : self.before]]
+        found += [torch.stack(opened, 1)] if opened else []
+        left = self.count - self.before - len(opened)
+        return torch.cat([*found, rows.new_zeros((rows.shape[0], left), dtype=torch.bool)], 1)
 
 
 def trace_segments(model: DynamicModel, flat: Sequence[Any], opset: int, tunable: bool) -> list[Segment]:
@@ -96,26 +123,30 @@ def trace_segments(model: DynamicModel, flat: Sequence[Any], opset: int, tunable
     use_onnx_layers(model.trunk)
     values = dict(zip(stages[0].inputs, flat, strict=True))
     dynamic = _free_dims(model.trunk)
-    segments, begin = [], 0
+    segments: list[Segment] = []
+    begin, gates = 0, sum(len(stage.branch_macs) for stage in stages)
     for k, last in enumerate(stages):
         if last.head is not None and not model.policy.is_on(k):
             continue
         if tunable and last.head is not None:
             values[THRESHOLD], dynamic[THRESHOLD] = torch.tensor(model.policy.thresholds[k]), []
-        segments.append(_segment(stages[begin : k + 1], model.policy, k, values, dynamic, opset))
+        before = sum(len(segment.branch_macs) for segment in segments)
+        here = stages[begin : k + 1]
+        segments.append(_segment(here, model.policy, k, _Gates(gates, before), values, dynamic, opset))
         begin = k + 1
     return segments
 
 
 def _segment(
-    stages: list[Stage], policy: ExitPolicy, k: int,
+    stages: list[Stage], policy: ExitPolicy, k: int, gates: _Gates,
     values: dict[str, Any], dynamic: dict[str, list[int] | None], opset: int,
 ) -> Segment:  # fmt: skip
     """Traces the stages up to exit `k`; adds what they give to `values` and `dynamic`."""
-    remembered = (_SUM,) if stages[-1].head is None else (*_STATE, THRESHOLD)
+    remembered = (_SUM, GATES) if stages[-1].head is None else (*_STATE, THRESHOLD, GATES)
     needed = [*stages[0].inputs, *(n for n in remembered if n in values)]
     inputs = {n: values[n] for n in needed if n in dynamic}
-    piece = _Piece(stages, list(inputs), {n: values[n] for n in needed if n not in dynamic}, policy, k)
+    piece = _Piece(stages, list(inputs), {n: values[n] for n in needed if n not in dynamic}, policy, k, gates)
+    gated = [branch for stage in stages for branch in use_onnx_branches(stage.body)]
     traced = trace(piece, inputs, dynamic, opset)
     with torch.no_grad():
         results = piece(*inputs.values())
@@ -124,9 +155,11 @@ def _segment(
             raise DynCompressError(f"'{name}', a {type(value).__name__}, passes an exit and has no ONNX form")
         values[name], dynamic[name] = _own_memory(value), varies
     last = stages[-1]
-    per_sample = {n for n, has_batch in zip(last.outputs, last.per_sample, strict=True) if has_batch} | {*_STATE}
+    per_sample = {n for n, has_batch in zip(last.outputs, last.per_sample, strict=True) if has_batch} | {*_STATE, GATES}
     threshold = None if last.head is None else policy.thresholds[k]
-    return Segment(traced.graph, k, list(inputs), piece.outputs, per_sample, threshold)
+    branches = trace_branches(gated, traced.program, opset)
+    branch_macs = tuple(macs for stage in stages for macs in stage.branch_macs)
+    return Segment(traced.graph, k, list(inputs), piece.outputs, per_sample, threshold, branches, branch_macs)
 
 
 def _own_memory(value: Value) -> Value:

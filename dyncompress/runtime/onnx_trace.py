@@ -22,10 +22,11 @@ Value = Tensor | int
 
 @dataclass(frozen=True)
 class Traced:
-    """An ONNX graph and, for each of its outputs, the dims that vary (None: a number that varies)."""
+    """An ONNX graph, the dims of each of its outputs that vary (None: a number that varies), and what it is made of."""
 
     graph: ir.Graph
     dynamic: list[list[int] | None]
+    program: ExportedProgram
 
 
 def trace(
@@ -52,7 +53,7 @@ def trace(
         raise DynCompressError(f"the model cannot be written in ONNX opset {opset}; export it with another opset=")
     returned = program.graph.output_node().args[0]
     outputs = returned[len(returned) - len(made.model.graph.outputs) :]
-    return Traced(made.model.graph, [_varies(node) for node in outputs])
+    return Traced(made.model.graph, [_varies(node) for node in outputs], program)
 
 
 def _shape(dims: list[int] | None) -> Any:
