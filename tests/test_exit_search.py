@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dyncompress as dc
 from dyncompress.compress.convert import convert
-from dyncompress.compress.exit_recipes import RECIPES
+from dyncompress.compress.exit_recipes import META, RECIPES
 from dyncompress.compress.exit_search import choose_subset
 from dyncompress.passes.exits import InsertExits, keep_exits
 from dyncompress.passes.head_choice import HEAD_KINDS
@@ -103,7 +103,7 @@ def test_a_models_own_exits_are_trained_from_scratch() -> None:
 
 def test_the_command_line_knows_every_name() -> None:
     hints = get_type_hints(Convert)
-    assert get_args(hints["recipe"]) and set(get_args(hints["recipe"])) == set(RECIPES)
+    assert get_args(hints["recipe"]) and set(get_args(hints["recipe"])) == {*RECIPES, META}
     assert get_args(hints["head"]) == HEAD_KINDS
 
 

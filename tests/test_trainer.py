@@ -159,6 +159,11 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
         run(nn.Linear(6, 2), resume=True)
     with pytest.raises(RequestError, match="run_dir"):
         run(network(), run_dir=None, resume=True)
+    state = torch.load(tmp_path / "training.pt", weights_only=True)
+    del state["batch_sizes"]
+    torch.save(state, tmp_path / "training.pt")
+    with pytest.raises(RequestError, match="an older version"):
+        run(network(), resume=True)
     (tmp_path / "training.pt").write_bytes(b"no checkpoint")
     with pytest.raises(RequestError, match="cannot be read"):
         run(network(), resume=True)

@@ -47,6 +47,8 @@ class RunStore:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise RequestError(f"{path} cannot be read as a saved run: remove it to start anew") from error
+        if "batch_sizes" not in state:
+            raise RequestError(f"{path} is a run of an older version, which cannot go on: remove it to start anew")
         before, now = (_flat(settings) for settings in (state["settings"], asdict(self.settings)))
         for name in now | before:
             if before.get(name) != now.get(name):
