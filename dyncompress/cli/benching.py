@@ -7,17 +7,21 @@ import torch
 from rich.console import Console
 
 from ..compress.batches import call
-from ..compress.measure import measure
+from ..compress.measure import graph_of, measure
 from ..errors import RequestError
+from ..runtime.dynamic import DynamicModel
 from ..runtime.recipe import Recipe
-from . import tables
+from . import skipping, tables
 from .subject import Subject, load_splits, prepare
+
+_OPEN = ", every gate open"
 
 
 def bench_models(recipes: Sequence[Recipe], console: Console, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Loads the models of the recipes (which share their data), measures them, prints a table, returns the report.
 
-    Without data, all models are timed on the example inputs of the first.
+    Without data, all models are timed on the example inputs of the first. A model with skip gates is measured beside
+    itself with every gate open.
 
     Raises RequestError for every mistake in the request.
     """
@@ -26,18 +30,25 @@ def bench_models(recipes: Sequence[Recipe], console: Console, *, allow_pickle: b
     example = subjects[0].example_inputs
     for recipe, subject in zip(recipes, subjects, strict=True):
         _check_takes(recipe.model, subject, example)
-    modules = {f"{number}": subject.module for number, subject in enumerate(subjects, 1)}
-    graphs = {f"{number}": subject.graph for number, subject in enumerate(subjects, 1)}
-    entries = measure(modules, graphs, example, data.test if data else None, subjects[0].device)
-    names = [recipe.model for recipe in recipes]
-    shown = {f"{number} {name}": entry for (number, entry), name in zip(entries.items(), names, strict=True)}
-    where = f"on {recipes[0].data or 'random inputs'}, {subjects[0].device}"
-    console.print(tables.comparison(shown, where))
-    return {
-        "data": recipes[0].data,
-        "device": str(subjects[0].device),
-        "models": [{"name": name, **entry} for name, entry in zip(names, entries.values(), strict=True)],
-    }
+    names = [f"{number} {recipe.model}" for number, recipe in enumerate(recipes, 1)]
+    models = dict(zip(names, (subject.module for subject in subjects), strict=True))
+    graphs = dict(zip(names, (subject.graph for subject in subjects), strict=True))
+    for name, model in list(models.items()):
+        if isinstance(model, DynamicModel) and model.gates:
+            models[name + _OPEN] = whole = skipping.opened(model)
+            graphs[name + _OPEN] = graph_of(whole)
+    entries = measure(models, graphs, example, data.test if data else None, subjects[0].device)
+    device = str(subjects[0].device)
+    console.print(tables.comparison(entries, f"on {recipes[0].data or 'random inputs'}, {device}"))
+    found: list[dict[str, Any]] = []
+    for name, recipe in zip(names, recipes, strict=True):
+        found.append({"name": recipe.model, **entries[name]})
+        if name + _OPEN in entries:
+            note = skipping.does_not_pay(entries[name], entries[name + _OPEN], device)
+            found[-1] |= {"open": entries[name + _OPEN], "note": note}
+            if note:
+                console.print(f"{name}: {note}", soft_wrap=True, markup=False, highlight=False)
+    return {"data": recipes[0].data, "device": device, "models": found}
 
 
 def _check_takes(spec: str, subject: Subject, example_inputs: Any) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from .. import __version__
 from ..errors import RequestError
 from ..runtime.recipe import Recipe, read_recipe
-from ..runtime.recipe_steps import Convert, Export, Prune, Sparsify, Step
+from ..runtime.recipe_steps import Convert, Export, Gate, Prune, Sparsify, Step
 from .app import app, printing
 from .folders import choose_folder
 from .options import CompareOptions, DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions
@@ -21,7 +21,7 @@ Model = Annotated[
 ]
 Flat = Parameter(name="*")
 
-_CONVERT, _PRUNE, _SPARSIFY = Convert(), Prune(), Sparsify()
+_CONVERT, _GATE, _PRUNE, _SPARSIFY = Convert(), Gate(), Prune(), Sparsify()
 _SOURCE, _DATA, _FOLDER = ModelOptions(), DataOptions(), FolderOptions()
 _STREAM, _COMPARE = StreamOptions(), CompareOptions()
 
@@ -58,6 +58,21 @@ def convert(
 ) -> None:
     """Adds early exits to a trained model, so that easy inputs leave early."""
     _run("convert", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
+
+
+@app.command
+def gate(
+    model: Model,
+    /,
+    *,
+    step: Annotated[Gate, Flat] = _GATE,
+    source: Annotated[ModelOptions, Flat] = _SOURCE,
+    data: Annotated[DataOptions, Flat] = _DATA,
+    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    json: JsonFlag = False,
+) -> None:
+    """Trains a model to skip, sample by sample, the residual branches that are not needed."""
+    _run("gate", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
 
 
 @app.command

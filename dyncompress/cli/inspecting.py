@@ -7,7 +7,10 @@ from torch import fx
 
 from ..passes.axes import Axes, infer_axes
 from ..passes.blocks import blocks, cut_points
-from ..passes.cost import count_bytes, count_macs, count_parameters
+from ..passes.cost import count_bytes, count_macs, count_parameters, node_macs
+from ..passes.gated import graph_gates
+from ..passes.gates import gate_places
+from ..passes.typing import type_graph
 from ..runtime.recipe import Recipe
 from . import tables
 from .subject import load_splits, prepare
@@ -25,7 +28,7 @@ def inspect_model(recipe: Recipe, console: Console, *, allow_pickle: bool = Fals
 
 
 def describe(gm: fx.GraphModule) -> dict[str, Any]:
-    """Costs, axes, blocks and cut points as plain numbers, text, lists and dicts.
+    """Costs, axes, blocks, cut points and residual branches as plain numbers, text, lists and dicts.
 
     MACs are per sample; an axis' slices are [tensor, dim]; a cut point is named after the node it follows.
     """
@@ -45,7 +48,25 @@ def describe(gm: fx.GraphModule) -> dict[str, Any]:
             for c in cut_points(gm)
         ],
         "exits": list(gm.meta.get("exits", [])),
+        "branches": _branches(gm),
     }
+
+
+def _branches(gm: fx.GraphModule) -> list[dict[str, Any]]:
+    """Residual branches: those that a gate can skip, or skips already, with their MACs; and why others have none."""
+    costs = node_macs(gm)
+    gates = graph_gates(gm)
+    if gates:
+        found = {gate.branch: gate.nodes for gate in gates}
+        left: dict[str, str] = {}
+    else:
+        places, left = gate_places(gm, type_graph(gm))
+        found = {place.branch.name: place.branch.nodes for place in places}
+    skippable = [
+        {"name": b, "macs": sum(costs[n] for n in nodes), "gate": bool(gates), "reason": None}
+        for b, nodes in found.items()
+    ]
+    return [*skippable, *({"name": b, "macs": None, "gate": False, "reason": reason} for b, reason in left.items())]
 
 
 def _axes(axes: Axes) -> list[dict[str, Any]]:
@@ -74,8 +95,17 @@ def _show(report: dict[str, Any], console: Console) -> None:
     working = [b for b in report["blocks"] if b["macs"]]
     spans = [(b["start"] or "inputs", b["end"], b["nodes"], tables.quantity(b["macs"])) for b in working]
     console.print(tables.rows("Blocks that compute, between cut points", ("after", "up to", "nodes", "MACs"), spans))
+    if report["branches"]:
+        told = [(b["name"], tables.quantity(b["macs"]), _gate(b)) for b in report["branches"]]
+        console.print(tables.rows("Residual branches", ("branch", "MACs", "a gate"), told))
     for node, reason in report["untyped"].items():
         console.print(f"not typed: {node}: {reason}", markup=False)
+
+
+def _gate(branch: dict[str, Any]) -> str:
+    if branch["reason"] is not None:
+        return f"cannot skip it: {branch['reason']}"
+    return "skips it" if branch["gate"] else "can skip it"
 
 
 def _by_reason(axes: list[dict[str, Any]]) -> list[tuple[str, int, str]]:

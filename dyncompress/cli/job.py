@@ -84,7 +84,7 @@ def _take_steps(
     """Every model to compare, by its name in the report, and what the report says of the ONNX file."""
     current: Any = subject.captured
     exported: dict[str, Any] = {"onnx": None}
-    models: dict[str, Captured] = {"dynamic" if isinstance(current, DynamicModel) else "static": current}
+    models: dict[str, Captured] = {_first_name(current): current}
     for number, step in enumerate(recipe.steps, 1):
         status.print(f"step {number} of {len(recipe.steps)}: {step.name}")
         if isinstance(step, Export):
@@ -111,6 +111,12 @@ def _take_steps(
             checkpoint.save(current, saved)
         models[_free_name(result_name(step), models)] = current
     return models, exported
+
+
+def _first_name(model: Captured) -> str:
+    if not isinstance(model, DynamicModel):
+        return "static"
+    return "dynamic" if model.exits else "gated"
 
 
 def _free_name(name: str, models: Iterable[str]) -> str:

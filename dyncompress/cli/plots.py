@@ -27,15 +27,19 @@ def _figure(size: tuple[float, float] = _SIZE) -> tuple[Any, Any]:
 def plot_curve(
     path: Path,
     curve: Sequence[tuple[float, float]],
-    static: tuple[float, float],
+    before: tuple[float, float],
     chosen: tuple[float, float],
+    name: str = "static",
 ) -> None:
-    """Writes accuracy on the test split against mean MACs as PNG; every point is (MACs per sample, accuracy 0..1)."""
+    """Writes accuracy on the test split against mean MACs as PNG; every point is (MACs per sample, accuracy 0..1).
+
+    before, name: the model that got the exits, and what it is called.
+    """
     figure, axes = _figure()
     axes.plot(
         [m / 1e6 for m, _ in curve], [100 * a for _, a in curve], "-", color="tab:blue", label="dynamic, any thresholds"
     )
-    axes.plot(static[0] / 1e6, 100 * static[1], "s", color="black", label="static")
+    axes.plot(before[0] / 1e6, 100 * before[1], "s", color="black", label=name)
     axes.plot(chosen[0] / 1e6, 100 * chosen[1], "o", color="tab:red", markersize=8, label="dynamic, chosen")
     axes.set(xlabel="mean MACs per sample (M)", ylabel="test accuracy (%)")
     axes.set_xlim(left=0)

@@ -15,7 +15,7 @@ from ..compress.measure import graph_of
 from ..runtime import checkpoint
 from ..runtime.dynamic import DynamicModel
 from ..runtime.recipe import Recipe
-from . import folders, layers, plots, tables
+from . import folders, gate_plots, layers, plots, skipping, tables
 from .exporting import show_check
 from .subject import Subject
 from .tradeoff import tradeoff
@@ -48,16 +48,20 @@ def write(
     shrunk = next((other for other in models if other in _SHRUNK_BY), None)
     if shrunk is not None:
         _note_shrinking(report, models, shrunk, folder)
+    first = next(iter(models))
+    if "gated" in models and first != "gated":
+        _note_gates(report, models, folder)
     if (
-        "static" in entries
+        name != first
         and isinstance(result, DynamicModel)
+        and result.exits
         and not result.per_position
         and subject.data is not None
     ):
         report["curve"] = tradeoff(result, subject.data, subject.device)
         done = result.trunk.meta["info"]["convert"]
         report["risk"] = done["risk"]
-        _draw(folder, report, name, done["exits"])
+        _draw(folder, report, first, name, done["exits"])
     for made in (folder / folders.STEPS).glob(f"*/{impression_store.FILE}"):
         inputs, classes, _ = zip(*impression_store.read_impressions(made)["batches"], strict=True)
         plots.plot_impressions(folder / "impressions.png", torch.cat(inputs).numpy(), torch.cat(classes).numpy())
@@ -88,13 +92,24 @@ def _note_shrinking(report: dict[str, Any], models: Mapping[str, Any], name: str
     plots.plot_kept(folder / "kept.png", done["kept"])
 
 
-def _draw(folder: Path, report: dict[str, Any], name: str, calibrated: Sequence[Mapping[str, Any]]) -> None:
-    static, dynamic = report["static"], report[name]
+def _note_gates(report: dict[str, Any], models: Mapping[str, Any], folder: Path) -> None:
+    """How often each branch runs, in numbers and as a picture, and whether skipping pays here."""
+    done, names = models["gated"].trunk.meta["info"]["gate"], list(models)
+    before = report[names[names.index("gated") - 1]]
+    report["gate"] = {key: value for key, value in done.items() if key != "history"}
+    report["gate"]["branch_macs"] = models["gated"].branch_macs
+    report["gate"]["note"] = skipping.does_not_pay(report["gated"], before, report["device"])
+    gate_plots.plot_gates(folder / "gates.png", done)
+
+
+def _draw(folder: Path, report: dict[str, Any], first: str, name: str, calibrated: Sequence[Mapping[str, Any]]) -> None:
+    before, dynamic = report[first], report[name]
     plots.plot_curve(
         folder / "curve.png",
         [(point["mean_macs"], point["accuracy"]) for point in report["curve"]],
-        (static["macs"], static["accuracy"]),
+        (before["mean_macs" if "mean_macs" in before else "macs"], before["accuracy"]),
         (dynamic["mean_macs"], dynamic["accuracy"]),
+        first,
     )
     plots.plot_exits(folder / "exits.png", dynamic["exits"])
     plots.plot_reliability(folder / "reliability.png", calibrated)
@@ -113,9 +128,13 @@ def show(report: Mapping[str, Any], console: Console, *, verbose: bool = False) 
         for line in _shares(report["prune"]) if "prune" in report else _learned(report["sparsify"]):
             console.print(line)
     for name, entry in entries.items():
-        if "exits" in entry:
+        if len(entry.get("exits", ())) > 1:
             console.print(tables.exits(entry["exits"], name))
+    if "gate" in report:
+        console.print(tables.gates(report["gate"]))
     console.print(tables.comparison(entries, f"on {report['data'] or 'no data'}, {report['device']}"))
+    if report.get("gate", {}).get("note"):
+        console.print(report["gate"]["note"], soft_wrap=True, highlight=False)
     if report.get("risk"):
         console.print(_promise(report["risk"]))
     if "check" in report:

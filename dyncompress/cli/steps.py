@@ -11,8 +11,10 @@ from torch import fx, nn
 
 from ..compress.convert import convert
 from ..compress.data_free import check_without_data
+from ..compress.gating import gate
 from ..compress.importance import NEED_DATA
 from ..compress.losses import cross_entropy
+from ..compress.measure import graph_of
 from ..compress.prune import RECALIBRATION_BATCHES, prune
 from ..compress.recalibrate import recalibrate_batchnorm
 from ..compress.sparsify import sparsify
@@ -22,7 +24,7 @@ from ..errors import RequestError
 from ..model_zoo.data import Splits
 from ..passes import low_rank
 from ..runtime.dynamic import DynamicModel
-from ..runtime.recipe_steps import Convert, Export, LowRank, Prune, Sparsify, Step, Unstructured
+from ..runtime.recipe_steps import Convert, Export, Gate, LowRank, Making, Prune, Sparsify, Step, Unstructured
 
 
 def check_request(steps: Sequence[Step], data: str | None) -> None:
@@ -35,12 +37,12 @@ def check_request(steps: Sequence[Step], data: str | None) -> None:
             _check_needs_no_data(step)
 
 
-def _check_needs_no_data(step: Prune | Sparsify | LowRank | Unstructured | Convert) -> None:
+def _check_needs_no_data(step: Making) -> None:
     if isinstance(step, Convert):
         check_without_data(step.recipe, step.freeze_trunk, step.risk, step.shots)
         return
-    if isinstance(step, Sparsify):
-        raise RequestError("sparsify learns from data: give labelled data, such as --data digits")
+    if isinstance(step, Sparsify | Gate):
+        raise RequestError(f"{step.name} learns from data: give labelled data, such as --data digits")
     option = "finetune" if step.finetune else None
     if option is None and isinstance(step, Prune) and step.importance in NEED_DATA:
         option = f"importance {step.importance}"
@@ -49,22 +51,27 @@ def _check_needs_no_data(step: Prune | Sparsify | LowRank | Unstructured | Conve
 
 
 def check_order(steps: Sequence[Step], model: nn.Module) -> None:
-    """Raises RequestError when a step would get a model that is dynamic already."""
-    dynamic = isinstance(model, DynamicModel)
+    """Raises RequestError when a step would get a model that is dynamic already; one with gates may get exits."""
+    exits = isinstance(model, DynamicModel) and bool(model.exits)
+    gates = isinstance(model, DynamicModel) and bool(model.gates)
     for step in steps:
-        if dynamic and not isinstance(step, Export):
+        if exits and isinstance(step, Gate):
+            raise RequestError("gate takes a model without exits: gate the static model, then add the exits by convert")
+        if (exits and not isinstance(step, Export)) or (gates and not isinstance(step, Convert | Export)):
             raise RequestError(f"{step.name} takes a static model, but gets one that is dynamic already: leave it out")
-        dynamic = dynamic or isinstance(step, Convert)
+        exits, gates = exits or isinstance(step, Convert), gates or isinstance(step, Gate)
 
 
 def result_name(step: Step) -> str:
     """What the report calls the model that a step made."""
-    return {"prune": "pruned", "sparsify": "sparsified", "convert": "dynamic"}.get(step.name, step.name)
+    return {"prune": "pruned", "sparsify": "sparsified", "gate": "gated", "convert": "dynamic"}.get(
+        step.name, step.name
+    )
 
 
 def take(
-    step: Prune | Sparsify | LowRank | Unstructured | Convert,
-    model: fx.GraphModule,
+    step: Making,
+    model: fx.GraphModule | DynamicModel,
     data: Splits | None,
     *,
     example_inputs: Any,
@@ -74,15 +81,19 @@ def take(
     progress: bool,
 ) -> fx.GraphModule | DynamicModel:
     """The model that a step makes of `model`, on the same device; `work` keeps what its training resumes from."""
+    graph = graph_of(model)
     common: dict[str, Any] = {"seed": seed, "device": device, "run_dir": work, "resume": True, "progress": progress}
     if isinstance(step, Prune):
-        return _prune(step, model, data, **common)
+        return _prune(step, graph, data, **common)
     if isinstance(step, LowRank | Unstructured):
-        return _baseline(step, model, data, **common)
+        return _baseline(step, graph, data, **common)
     if isinstance(step, Sparsify):
         assert data is not None
-        return sparsify(model, data.train, **{**asdict(step), "optimizer": _OPTIMIZERS[step.optimizer]}, **common)
-    return convert(model, example_inputs, data=data, **asdict(step), **common)
+        return sparsify(graph, data.train, **{**asdict(step), "optimizer": _OPTIMIZERS[step.optimizer]}, **common)
+    if isinstance(step, Gate):
+        assert data is not None
+        return gate(graph, example_inputs, data=data, **asdict(step), **common)
+    return convert(graph, example_inputs, data=data, **asdict(step), **common)
 
 
 _OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}

@@ -74,6 +74,20 @@ def exits(uses: Sequence[Entry], model: str) -> Table:
     return table
 
 
+def gates(done: Entry) -> Table:
+    """One row per branch that may be skipped: what it costs, and how often it runs, also by how sure samples are."""
+    quarters = len(done["by_hardness"])
+    where = ["surest", *(f"quarter {k}" for k in range(2, quarters)), "least sure"]
+    table = Table("branch", "MACs", "runs", *where, title=f"Skip gates ({done['kind']}), on the calibration split")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for branch, macs, *rates in zip(
+        done["branches"], done["branch_macs"], done["open"], *done["by_hardness"], strict=True
+    ):
+        table.add_row(branch, quantity(macs), *map(percent, rates))
+    return table
+
+
 def rows(title: str, columns: Sequence[str], cells: Sequence[Sequence[Any]], limit: int = 40) -> Table:
     """A plain table of at most `limit` rows; its caption says how many are left out."""
     hidden = len(cells) - limit

@@ -73,9 +73,9 @@ def convert(
     temperatures, ECE before and after, the chosen point and the curve of accuracy over MACs.
 
     Args:
-        model: any model `capture` takes that puts out (batch, classes) logits. With (batch, time, classes) the exits
-            are trained and measured, but off: the positions of one sample would leave at different exits, and those
-            that stay still need the hidden states of those that left.
+        model: any model `capture` takes that puts out (batch, classes) logits, or one with skip gates, which
+            stay. With (batch, time, classes) the exits are trained and measured, but off: the positions of one sample
+            would leave at different exits, and those that stay still need the hidden states of those that left.
         example_inputs: one call's inputs, batch first; None = taken from the data.
         exits: how many early exits, or the names of the graph nodes they follow; "every" = after every block;
             "own" = the classifiers that the model has already; "search" = those after every block that pay for
@@ -117,7 +117,7 @@ def convert(
         _check_promise(splits[1], risk, confidence, risk_of)
     if example_inputs is None:
         example_inputs = _example(splits, model)
-    captured = capture(model, example_inputs)
+    captured = capture(model.trunk if isinstance(model, DynamicModel) else model, example_inputs)
     device = torch.device(device) if device is not None else training_device()
     run: dict[str, Any] = {
         "seed": seed, "mixed_precision": mixed_precision, "device": device, "run_dir": run_dir, "resume": resume,

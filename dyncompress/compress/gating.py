@@ -84,7 +84,9 @@ def gate(
     train, calibration = divided(data, seed)
     if example_inputs is None:
         example_inputs = to_device(examples_of(train), device_of_model(model))
-    static = capture(model, example_inputs)
+    static = capture(model.trunk if isinstance(model, DynamicModel) else model, example_inputs)
+    if static.meta.get("exits"):
+        raise RequestError("the model has exits: gate the static one, then add the exits with convert")
     gm = _with_gates(static, gate or _USUAL_GATE[kind], seed)
     dynamic = DynamicModel(gm).eval()
     costs = _costs(dynamic, count_macs(static))

@@ -122,10 +122,10 @@ def insert_head(gm: fx.GraphModule, path: str, head: nn.Module, inputs: tuple[fx
 
 
 def container(module: nn.Module) -> nn.Module:
-    """A plain module that holds what another one holds."""
+    """A plain module that holds what another one holds; what is added to it, the other does not get."""
     plain = nn.Module()
-    own = (module._modules, module._parameters, module._buffers)
-    plain._modules, plain._parameters, plain._buffers = map(dict, own)  # what is added to it stays its own
+    plain._modules, plain._parameters = dict(module._modules), dict(module._parameters)
+    plain._buffers = dict(module._buffers)
     return plain
 
 

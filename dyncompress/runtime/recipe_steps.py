@@ -3,6 +3,7 @@
 A step's name is its key in a recipe file and its command.
 """
 
+import typing
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -197,6 +198,36 @@ class Convert:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Gives each residual branch a gate that opens for the samples that need it, trained with the model. Needs data."""
+
+    name: ClassVar[str] = "gate"
+
+    kind: Literal["gumbel", "skipnet", "blockdrop"] = "gumbel"
+    """How gates learn: ConvNet-AIG's hard decisions with noise; SkipNet's, or BlockDrop's, policy gradients."""
+    macs: float | None = None
+    """Mean MACs of a sample as a share of the static model's, gates included, 0..1. Give macs or rate."""
+    rate: float | None = None
+    """With gumbel: share of the samples for which each branch runs, 0..1."""
+    gate: Literal["pooled", "ff1", "ff2", "recurrent", "policy"] | None = None
+    """What decides; by default pooled for gumbel, recurrent for skipnet, policy for blockdrop."""
+    distill: float = 0.5
+    """Share of the loss that compares with the static model's answers, 0..1."""
+    pretrain: bool = True
+    """With skipnet: supervised training before the policy gradients."""
+    epochs: int = 10
+    """Passes over the training split, all phases together."""
+    lr: float = 3e-3
+    """Peak learning rate of the gates."""
+    trunk_lr: float = 0.3
+    """Learning rate of the trained layers, as a share of lr."""
+    batch_size: int = 128
+    """Samples per training step."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of training; by default what accelerate is configured to."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """Writes the model as one ONNX file and checks it in onnxruntime against PyTorch."""
 
@@ -206,5 +237,6 @@ class Export:
     """Name of the file, in the run folder."""
 
 
-Step = Prune | Sparsify | LowRank | Unstructured | Convert | Export
-STEPS: dict[str, type[Step]] = {kind.name: kind for kind in (Prune, Sparsify, LowRank, Unstructured, Convert, Export)}
+Making = Prune | Sparsify | LowRank | Unstructured | Gate | Convert  # what makes another model
+Step = Making | Export
+STEPS: dict[str, type[Step]] = {kind.name: kind for kind in typing.get_args(Step)}
