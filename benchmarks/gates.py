@@ -37,7 +37,7 @@ from dyncompress.passes.cost import count_macs
 from dyncompress.passes.gated import deciding
 
 RESULTS = Path(__file__).with_suffix(".json")
-EPOCHS, SHARE, GATE_LR, TRUNK_LR, MORE_LR = 6, 0.5, 5e-3, 0.2, 0.02
+EPOCHS, SHARE, GATE_LR, TRUNK_LR, MORE_LR = 4, 0.5, 5e-3, 0.2, 0.02
 CALLS = {1: 200, 64: 12}
 DRAWS = 3
 

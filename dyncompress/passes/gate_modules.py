@@ -1,6 +1,7 @@
 """Gates: small modules from what enters a branch to one logit per sample, the log-odds that the branch runs.
 
-pooled     ConvNet-AIG's (Veit & Belongie, ECCV 2018): mean, linear to 16, BatchNorm, ReLU, linear
+pooled     ConvNet-AIG's (Veit & Belongie, ECCV 2018): mean, linear to 16, ReLU, linear; without its BatchNorm, a call
+           of which takes as long as all the rest together
 ff1, ff2   SkipNet's feed-forward gates (Wang et al., ECCV 2018, section 3.2): convolutions on the map, then the mean
 recurrent  SkipNet's recurrent gate: mean, linear to 10, one LSTM cell that all gates share, linear
 policy     BlockDrop's (Wu et al., CVPR 2018): one network decides all branches before the first of them
@@ -37,11 +38,10 @@ class PooledGate(nn.Module):
         super().__init__()
         self.channel_dim = channel_dim
         self.squeeze = nn.Linear(channels, _POOLED)
-        self.norm = nn.BatchNorm1d(_POOLED)
         self.out = last_layer(_POOLED)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.relu(self.norm(self.squeeze(_pool(x, self.channel_dim))))).squeeze(1)
+        return self.out(torch.relu(self.squeeze(_pool(x, self.channel_dim)))).squeeze(1)
 
 
 class ConvGate(nn.Module):

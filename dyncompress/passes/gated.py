@@ -145,10 +145,10 @@ class GatedBranch(nn.Module):
         if count == 0:
             return shortcut.clone() if self.copied else shortcut
         if count == len(opened):
-            return shortcut + self.body(*entering)[0]
+            return shortcut + self.body.forward(*entering)[0]
         rows = opened.nonzero().flatten()
         taken = [x.index_select(0, rows) if own else x for x, own in zip(entering, self.per_sample, strict=True)]
-        return shortcut.index_add(0, rows, self.body(*taken)[0].to(shortcut.dtype))
+        return shortcut.index_add(0, rows, self.body.forward(*taken)[0].to(shortcut.dtype))
 
 
 class Skipping:

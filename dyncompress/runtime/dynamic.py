@@ -168,14 +168,13 @@ class DynamicModel(nn.Module):
         macs = pieces.exit_macs(on)
         if n == 0:
             logits = self._no_logits()
-            none = pieces.count(0, logits.device)
-            gates = (none.gates, none.skipped) if none else ()
-            return Prediction(logits, torch.zeros(0, dtype=torch.int64, device=logits.device), macs, *gates)
+            nobody = torch.zeros(0, dtype=torch.int64, device=logits.device)
+            return Prediction(logits, nobody, macs, pieces.count(0, logits.device))
         with pieces.evaluating:
             if any(on) or pieces.gated:
                 count = pieces.count(n, next(self.trunk.parameters()).device)
                 logits, exit_index = self._run_stages(flat, on, policy, deadline, count)
-                return Prediction(logits, exit_index, macs, *((count.gates, count.skipped) if count else ()))
+                return Prediction(logits, exit_index, macs, count)
             logits = pieces.static(*args, **kwargs)
         return Prediction(logits, torch.full((n,), len(on), device=logits.device), macs)
 

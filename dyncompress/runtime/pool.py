@@ -229,8 +229,7 @@ class Pools:
             done = self._requests.popleft()
             logits = torch.stack([row.to(done.logits[0].dtype) for row in done.logits]) if done.exits else self._nothing
             exits = torch.tensor(done.exits, dtype=torch.int64, device=logits.device)
-            gates = (done.count.gates, done.count.skipped) if done.count else ()
-            yield Prediction(logits, exits, self._macs, *gates)
+            yield Prediction(logits, exits, self._macs, done.count)
 
 
 def run_stream(

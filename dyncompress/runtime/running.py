@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from threading import Lock
 from typing import Any
@@ -12,25 +13,65 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..passes.cost import count_macs
+from ..passes.gated import GatedBranch
 from ..passes.modes import evaluating
 from ..passes.stages import Stage, split_stages, without_exits
 from .inputs import CallReader
+
+
+class GateCount:
+    """Which branches ran for each of `n` samples, noted stage by stage and worked out when somebody asks."""
+
+    def __init__(self, n: int, branch_macs: Sequence[tuple[int, ...]], device: torch.device) -> None:
+        self._n, self._device, self._macs = n, device, branch_macs
+        self._noted: list[tuple[int, Sequence[Tensor], Tensor | None]] = []
+
+    def note(self, stage: int, opened: Sequence[Tensor], rows: Tensor | None) -> None:
+        """The decisions of a stage, (M,) bool each, for the samples `rows`, None: all."""
+        self._noted.append((stage, opened, rows))
+
+    @cached_property
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Which branches ran, (N, G) bool, and the MACs of those a sample came to that did not, (N,) int64."""
+        first = [0, *accumulate(map(len, self._macs))]
+        gates = torch.zeros(self._n, first[-1], dtype=torch.bool, device=self._device)
+        skipped = torch.zeros(self._n, dtype=torch.int64, device=self._device)
+        for stage, opened, rows in self._noted:
+            decided = torch.stack(tuple(opened), 1)
+            where = torch.arange(self._n, device=self._device) if rows is None else rows
+            gates[where, first[stage] : first[stage + 1]] = decided
+            saved = (~decided).long() * torch.tensor(self._macs[stage], device=self._device)
+            skipped.index_add_(0, where, saved.sum(1))
+        return gates, skipped
+
+    def add(self, i: int, other: "GateCount", row: int) -> None:
+        """What another count noted for its sample `row` goes to the sample `i`."""
+        here = torch.tensor([i], device=self._device)
+        self._noted += [(stage, [o[row : row + 1] for o in opened], here) for stage, opened, _ in other._noted]
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Per sample, in input order: logits (N, C) and the exit that gave them, (N,) int64 (the end is exit K).
 
-    `exit_macs[k]` is what a sample that left at exit k cost with no branch skipped. Of a model with skip gates, `gates`
-    (N, G) bool says which branches ran, in graph order, and `skipped` (N,) int64 the MACs of those that a sample
-    came to and that did not; else both are None.
+    `exit_macs[k]` is what a sample that left at exit k cost with no branch skipped; `count` is that of a model with
+    skip gates.
     """
 
     logits: Tensor
     exit_index: Tensor
     exit_macs: tuple[int, ...]
-    gates: Tensor | None = None
-    skipped: Tensor | None = None
+    count: GateCount | None = None
+
+    @property
+    def gates(self) -> Tensor | None:
+        """Which branches ran, in graph order, (N, G) bool; None without skip gates."""
+        return None if self.count is None else self.count.result[0]
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """MACs of the branches that a sample came to and that did not run, (N,) int64; None without skip gates."""
+        return None if self.count is None else self.count.result[1]
 
     @property
     def macs(self) -> Tensor:
@@ -39,38 +80,11 @@ class Prediction:
         return spent if self.skipped is None else spent - self.skipped
 
 
-class GateCount:
-    """Counts, over the stages that run, which branches ran for each of N samples and what the others saved."""
-
-    def __init__(self, n: int, branch_macs: Sequence[tuple[int, ...]], device: torch.device) -> None:
-        self._first = [0, *accumulate(map(len, branch_macs))]
-        self._macs = branch_macs
-        self.gates = torch.zeros(n, self._first[-1], dtype=torch.bool, device=device)
-        self.skipped = torch.zeros(n, dtype=torch.int64, device=device)
-
-    def note(self, stage: int, opened: Sequence[Tensor], rows: Tensor | None) -> None:
-        """The decisions of a stage, (M,) bool each, for the samples `rows`, None: all."""
-        decided = torch.stack(tuple(opened), 1)
-        saved = (~decided).long() @ torch.tensor(self._macs[stage], device=decided.device)
-        here = slice(self._first[stage], self._first[stage + 1])
-        if rows is None:
-            self.gates[:, here] = decided
-            self.skipped += saved
-        else:
-            self.gates[rows, here] = decided
-            self.skipped.index_add_(0, rows, saved)
-
-    def add(self, i: int, other: "GateCount", row: int) -> None:
-        """What another count noted for its sample `row` goes to the sample `i`."""
-        self.gates[i] |= other.gates[row]
-        self.skipped[i] += other.skipped[row]
-
-
 class Pieces:
     """One trunk graph as a static model and as stages; it holds no tensors of its own, and threads may share it.
 
     static: the model without its exits, static_macs its MACs per sample with no branch skipped. stages: one per exit
-    and the last.
+    and the last; `gated`: some branches have skip gates, and `branch_macs` are theirs by stage.
     """
 
     def __init__(self, trunk: fx.GraphModule) -> None:
@@ -81,7 +95,12 @@ class Pieces:
         self.calls = CallReader(trunk)
         self.evaluating = _Modes(trunk)
         for piece in (self.static, *(stage.body for stage in self.stages)):
+            for module in piece.children():
+                if isinstance(module, GatedBranch):
+                    vars(module.body)["trunk"] = trunk
             vars(piece)["trunk"] = trunk  # every node asks for it, and a child module is found by a call in Python
+        self.branch_macs = [stage.branch_macs for stage in self.stages]
+        self.gated = any(self.branch_macs)
         self._macs: dict[tuple[bool, ...], tuple[int, ...]] = {}
 
     def compiled(self, **options: Any) -> "Pieces":
@@ -102,14 +121,9 @@ class Pieces:
             self._macs[on] = tuple(accumulate(each))
         return self._macs[on]
 
-    @property
-    def gated(self) -> bool:
-        """Whether there are skip gates."""
-        return any(stage.branch_macs for stage in self.stages)
-
     def count(self, n: int, device: torch.device) -> GateCount | None:
         """What counts the gates of `n` samples, where there are any."""
-        return GateCount(n, [stage.branch_macs for stage in self.stages], device) if self.gated else None
+        return GateCount(n, self.branch_macs, device) if self.gated else None
 
     def run_to_exit(
         self, k: int, values: Sequence[Any], on: tuple[bool, ...], count: GateCount | None, rows: Tensor | None
