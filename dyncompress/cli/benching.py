@@ -14,8 +14,6 @@ from ..runtime.recipe import Recipe
 from . import skipping, tables
 from .subject import Subject, load_splits, prepare
 
-_OPEN = ", every gate open"
-
 
 def bench_models(recipes: Sequence[Recipe], console: Console, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Loads the models of the recipes (which share their data), measures them, prints a table, returns the report.
@@ -33,22 +31,22 @@ def bench_models(recipes: Sequence[Recipe], console: Console, *, allow_pickle: b
     names = [f"{number} {recipe.model}" for number, recipe in enumerate(recipes, 1)]
     models = dict(zip(names, (subject.module for subject in subjects), strict=True))
     graphs = dict(zip(names, (subject.graph for subject in subjects), strict=True))
-    for name, model in list(models.items()):
+    opened: dict[str, str] = {}
+    for number, (name, model) in enumerate(list(models.items()), 1):
         if isinstance(model, DynamicModel) and model.gates:
-            models[name + _OPEN] = whole = skipping.opened(model)
-            graphs[name + _OPEN] = graph_of(whole)
+            opened[name] = f"{number}, every gate open"
+            models[opened[name]] = whole = skipping.opened(model)
+            graphs[opened[name]] = graph_of(whole)
     entries = measure(models, graphs, example, data.test if data else None, subjects[0].device)
     device = str(subjects[0].device)
     console.print(tables.comparison(entries, f"on {recipes[0].data or 'random inputs'}, {device}"))
-    found: list[dict[str, Any]] = []
-    for name, recipe in zip(names, recipes, strict=True):
-        found.append({"name": recipe.model, **entries[name]})
-        if name + _OPEN in entries:
-            note = skipping.does_not_pay(entries[name], entries[name + _OPEN], device)
-            found[-1] |= {"open": entries[name + _OPEN], "note": note}
-            if note:
-                console.print(f"{name}: {note}", soft_wrap=True, markup=False, highlight=False)
-    return {"data": recipes[0].data, "device": device, "models": found}
+    for name, other in opened.items():
+        note = skipping.does_not_pay(entries[name], entries[other], device)
+        entries[name] |= {"open": entries[other], "note": note}
+        if note:
+            console.print(f"{name}: {note}", soft_wrap=True, markup=False, highlight=False)
+    shown = [{"name": recipe.model, **entries[name]} for name, recipe in zip(names, recipes, strict=True)]
+    return {"data": recipes[0].data, "device": device, "models": shown}
 
 
 def _check_takes(spec: str, subject: Subject, example_inputs: Any) -> None:

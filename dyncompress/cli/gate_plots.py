@@ -57,4 +57,4 @@ def _number(axes: Any, rates: list[list[float]]) -> None:
     for i, row in enumerate(rates):
         for j, rate in enumerate(row):
             colour = "white" if rate > 0.6 else "black"
-            axes.text(j, i, f"{100 * rate:.0f}", ha="center", va="center", fontsize=6, color=colour)
+            axes.text(j, i, f"{100 * rate:.0f}", ha="center", va="center", fontsize=7, color=colour)
