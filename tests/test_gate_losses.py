@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyncompress.compress.gate_decisions import Gumbel, Progress, Relaxed, Sampled, log_likelihood
+from dyncompress.compress.gate_decisions import Curriculum, Gumbel, Progress, Relaxed, Sampled, log_likelihood
 from dyncompress.compress.gate_losses import Budget, Costs, Drops, GateRun, Hybrid, Rates, reinforce, without_others
 from dyncompress.errors import RequestError
 
@@ -135,8 +135,7 @@ def test_decisions_follow_their_probabilities() -> None:
     for decide, expected in ((Sampled(False), p), (Sampled(True), 0.8 * p + 0.2 * (1 - p)), (Gumbel(Progress(1)), p)):
         assert abs(float(decide(logit, 0).mean()) - float(expected)) < 3 * 0.5 / 40_000**0.5
     assert torch.equal(Relaxed()(logit, 0), torch.sigmoid(logit))
-    forced = Sampled(True)
-    forced.forced = 1
+    forced = Sampled(True, Curriculum(Progress(4), gates=2))
     assert forced(torch.full((9,), -9.0), 0).all() and not forced(torch.full((9,), -99.0), 1).all()
     forced.greedy = True
     assert not forced(torch.full((9,), -0.1), 1).any() and forced(torch.full((9,), -0.1), 0).all()
@@ -190,3 +189,7 @@ def test_a_loss_goes_on_where_it_was() -> None:
     assert second.progress.done == 4
     with pytest.raises(RequestError, match="use another run_dir"):
         Hybrid(Progress(10), 0.5, COSTS, 0.5).load_state_dict(first.state_dict())
+
+
+def test_the_curriculum_lets_the_last_gates_close_first() -> None:
+    assert [Curriculum(Progress(100, done), 4).forced for done in (0, 18, 19, 38, 57, 100)] == [3, 3, 2, 1, 0, 0]

@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 def test_the_curriculum_leaves_the_model_alone(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """BlockDrop's first phase moves the policy only, and its first steps may drop the last branch only."""
     seen: list[tuple[int, dict[str, Tensor]]] = []
-    train = gating._train
+    train = gating.train_gates
 
     def watched(gm, work, *args):
         decided = []
@@ -115,7 +115,7 @@ def test_the_curriculum_leaves_the_model_alone(net: nn.Module, monkeypatch: pyte
         seen.append((decided[:4], weights))
         return made
 
-    monkeypatch.setattr(gating, "_train", watched)
+    monkeypatch.setattr(gating, "train_gates", watched)
     gm = dc.capture(net, Halves(2).images)
     dc.gate(net, data=Halves(), kind="blockdrop", macs=0.7, **{**OPTIONS, "epochs": 2})
     (first, after_one), (_, after_two) = seen

@@ -55,15 +55,28 @@ class Relaxed(nn.Module):
         return torch.sigmoid(logit)
 
 
-class Sampled(nn.Module):
-    """Decisions drawn at random, or the likelier ones while `greedy`; the first `forced` gates stay open."""
+@dataclass(frozen=True)
+class Curriculum:
+    """BlockDrop's: at first only the last of the gates may close, at three quarters of the phase all may."""
 
-    def __init__(self, mixed: bool) -> None:
+    progress: Progress
+    gates: int
+
+    @property
+    def forced(self) -> int:
+        """How many of the first gates stay open."""
+        return max(0, self.gates - 1 - int(self.gates * self.progress.share / 0.75))
+
+
+class Sampled(nn.Module):
+    """Decisions drawn at random, or the likelier ones while `greedy`; by a curriculum the first gates stay open."""
+
+    def __init__(self, mixed: bool, curriculum: Curriculum | None = None) -> None:
         super().__init__()
-        self.mixed, self.greedy, self.forced = mixed, False, 0
+        self.mixed, self.curriculum, self.greedy = mixed, curriculum, False
 
     def forward(self, logit: Tensor, k: int) -> Tensor:
-        if k < self.forced:
+        if self.curriculum is not None and k < self.curriculum.forced:
             return torch.ones_like(logit)
         if self.greedy:
             return (logit > 0).to(logit.dtype)

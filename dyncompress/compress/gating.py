@@ -12,25 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..errors import RequestError
 from ..passes.capture import Inputs, capture
 from ..passes.copying import deep_copy
 from ..passes.cost import count_macs
-from ..passes.gated import deciding
-from ..passes.gates import GATES_PATH, POLICY, POOLED, RECURRENT, InsertGates
+from ..passes.gates import POLICY, POOLED, RECURRENT, InsertGates
 from ..runtime.dynamic import DynamicModel
 from .batches import HasSplits, LabelledData, device_of_model, divided, examples_of, to_device
-from .gate_decisions import Gumbel, Progress, Relaxed, Sampled
-from .gate_losses import Budget, Costs, Drops, GateLoss, GateRun, Hybrid, Rates
+from .gate_decisions import Progress
+from .gate_losses import Costs
 from .gate_report import gate_report, meet_budget
-from .losses import logits_of
-from .trainer import Epoch, Optimizer, count_steps, fit, fixed, training_device
+from .gate_training import BLOCKDROP, GUMBEL, KINDS, SKIPNET, Goal, make_phase, phases_of, train_gates
+from .trainer import Epoch, Optimizer, count_steps, training_device
 
-GUMBEL, SKIPNET, BLOCKDROP = KINDS = ("gumbel", "skipnet", "blockdrop")
 _USUAL_GATE = {GUMBEL: POOLED, SKIPNET: RECURRENT, BLOCKDROP: POLICY}
-_FIRST_PHASE = {SKIPNET: 0.5, BLOCKDROP: 0.6}  # share of the epochs
 
 
 def gate(
@@ -99,14 +96,12 @@ def gate(
     }  # fmt: skip
     teacher = deep_copy(static).eval() if distill else None
     history: list[Epoch] = []
-    phases = _phases(kind, epochs, pretrain)
+    phases = phases_of(kind, epochs, pretrain)
     for number, (phase, count) in enumerate(phases, start=1):
         folder = run_dir if run_dir is None or len(phases) == 1 else Path(run_dir) / f"phase-{number}"
-        work = _PHASES[phase](
-            Progress(count_steps(train, count, batch_size)), len(dynamic.gates), costs, macs, rate, distill
-        )
+        work = make_phase(phase, Progress(count_steps(train, count, batch_size)), Goal(costs, macs, rate, distill))
         options |= {"run_dir": folder, "epochs": count, "lr": lr}
-        made = _train(gm, work, teacher, train, trunk_lr, options)
+        made = train_gates(gm, work, teacher, train, trunk_lr, options)
         history += [replace(epoch, epoch=len(history) + epoch.epoch) for epoch in made]
     if macs is not None:
         meet_budget(dynamic, calibration, macs * count_macs(static), device)
@@ -134,19 +129,8 @@ def _check(
         raise RequestError(f"trunk_lr={trunk_lr:g}: give a positive share of lr")
     if not pretrain and kind != SKIPNET:
         raise RequestError(f'pretrain goes with kind="{SKIPNET}" only')
-    if epochs < len(_phases(kind, 2, pretrain)):
+    if epochs < len(phases_of(kind, 2, pretrain)):
         raise RequestError(f'epochs={epochs}: kind="{kind}" trains in two phases; give at least 2')
-
-
-def _phases(kind: str, epochs: int, pretrain: bool) -> list[tuple[str, int]]:
-    """Names of phases and their epochs."""
-    if kind == GUMBEL:
-        return [(GUMBEL, epochs)]
-    if not pretrain:
-        return [("hybrid", epochs)]
-    first = min(epochs - 1, max(1, round(_FIRST_PHASE[kind] * epochs)))
-    names = ("supervised", "hybrid") if kind == SKIPNET else ("curriculum", "joint")
-    return [(names[0], first), (names[1], epochs - first)]
 
 
 def _with_gates(static: fx.GraphModule, gate: str, seed: int) -> fx.GraphModule:
@@ -159,100 +143,3 @@ def _with_gates(static: fx.GraphModule, gate: str, seed: int) -> fx.GraphModule:
 def _costs(dynamic: DynamicModel, whole: int) -> Costs:
     branches = dynamic.branch_macs
     return Costs((dynamic.static_macs - sum(branches)) / whole, [cost / whole for cost in branches])
-
-
-# --- phases ------------------------------------------------------------------------------------------------------
-
-
-class _Work:
-    """A phase: how gates decide, their loss, and what follows."""
-
-    def __init__(self, decide: nn.Module, loss: GateLoss, moves_model: bool = True, greedy: bool = False) -> None:
-        self.decide, self.loss, self.moves_model, self.greedy = decide, loss, moves_model, greedy
-
-    def before_step(self, step: int) -> None:
-        """Nothing."""
-
-
-class _Curriculum(_Work):
-    """BlockDrop's: at first only the last branch may be dropped, at three quarters of the phase all may."""
-
-    def __init__(self, decide: Sampled, loss: Drops, gates: int) -> None:
-        super().__init__(decide, loss, moves_model=False, greedy=True)
-        self.sampled, self.gates = decide, gates
-
-    def before_step(self, step: int) -> None:
-        free = 1 + int(self.gates * self.loss.progress.share / 0.75)
-        self.sampled.forced = max(0, self.gates - free)
-
-
-def _gumbel(done: Progress, gates: int, costs: Costs, macs: float | None, rate: float | None, distill: float) -> _Work:
-    if macs is None:
-        assert rate is not None
-        return _Work(Gumbel(done), Rates(done, distill, rate))
-    return _Work(Gumbel(done), Budget(done, distill, costs, macs))
-
-
-def _supervised(done: Progress, gates: int, costs: Costs, macs: Any, rate: Any, distill: float) -> _Work:
-    return _Work(Relaxed(), GateLoss(done, distill))
-
-
-def _hybrid(done: Progress, gates: int, costs: Costs, macs: Any, rate: Any, distill: float) -> _Work:
-    return _Work(Sampled(mixed=False), Hybrid(done, distill, costs, macs))
-
-
-def _curriculum(done: Progress, gates: int, costs: Costs, macs: Any, rate: Any, distill: float) -> _Work:
-    return _Curriculum(Sampled(mixed=True), Drops(done, distill, costs, macs, joint=False), gates)
-
-
-def _joint(done: Progress, gates: int, costs: Costs, macs: Any, rate: Any, distill: float) -> _Work:
-    return _Work(Sampled(mixed=True), Drops(done, distill, costs, macs, joint=True), greedy=True)
-
-
-_PHASES = {
-    GUMBEL: _gumbel, "supervised": _supervised, "hybrid": _hybrid, "curriculum": _curriculum, "joint": _joint,
-}  # fmt: skip
-
-
-class _Training(nn.Module):
-    """Inputs -> `GateRun`."""
-
-    def __init__(self, gm: fx.GraphModule, work: _Work, teacher: fx.GraphModule | None) -> None:
-        super().__init__()
-        self.work = work
-        self.run, self.teacher = deciding(gm, work.decide), teacher
-
-    def forward(self, *args: Any, **kwargs: Any) -> GateRun:
-        self.work.before_step(self.work.loss.progress.done)
-        (*_, logits), odds, factors = self.run(*args, **kwargs)
-        with torch.no_grad():
-            taught = logits_of(self.teacher(*args, **kwargs)) if self.teacher is not None else None
-            greedy = self._greedy(*args, **kwargs) if self.work.greedy else None
-        return GateRun(logits, odds, factors, taught, greedy)
-
-    def _greedy(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        decide = self.work.decide
-        assert isinstance(decide, Sampled)
-        decide.greedy = True
-        try:
-            out = self.run(*args, **kwargs)
-        finally:
-            decide.greedy = False
-        return out[0][-1], out[2]
-
-
-def _train(
-    gm: fx.GraphModule, work: _Work, teacher: fx.GraphModule | None, train: LabelledData, trunk_lr: float,
-    options: dict[str, Any],
-) -> list[Epoch]:  # fmt: skip
-    gates = [p for name, p in gm.named_parameters() if name.startswith(GATES_PATH)]
-    rest = [p for name, p in gm.named_parameters() if not name.startswith(GATES_PATH) and p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": gates}]
-    model = _Training(gm, work, teacher)
-    still: list[nn.Module] = [] if teacher is None else list(teacher.modules())
-    if work.moves_model:
-        groups.append({"params": rest, "lr": trunk_lr * options["lr"]})
-    else:
-        still += [module for name, module in gm.named_modules() if name and not f"{name}.".startswith(GATES_PATH)]
-    with fixed([] if work.moves_model else rest):
-        return fit(model, work.loss, train, parameters=groups, keep_eval=still, **options)
