@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dyncompress.cli import files
 from dyncompress.cli.models import load_model
 from dyncompress.errors import RequestError
 from dyncompress.passes.capture import capture
@@ -107,6 +108,16 @@ def test_every_kind_of_file_gives_the_same_model(kind: str, small: nn.Module, tm
     assert loaded.name == "weights"
     assert loaded.trained
     assert not loaded.module.training
+
+
+@pytest.mark.parametrize("start", [b"\x80\x01", b"PK"])
+def test_a_safetensors_file_may_begin_like_another_kind(start: bytes, tmp_path: Path) -> None:
+    """Its first bytes are the length of its header, a multiple of 8 or, by hand, any other number."""
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(int.from_bytes(start, "little"))
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert (tmp_path / "w.safetensors").read_bytes().startswith(start)
+    assert files.kind_of(tmp_path / "w.safetensors") == "safetensors"
+    assert files.read_safetensors(tmp_path / "w.safetensors")["w"].tolist() == [0]
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "export"])

@@ -39,14 +39,15 @@ def kind_of(path: Path) -> Kind:
         raise RequestError(f"there is no file {path}: give a model file or zoo:NAME, timm:NAME, module:factory ...")
     with path.open("rb") as file:
         head = file.read(9)
+    has_header = head[8:] == b"{"
+    if has_header and int.from_bytes(head[:8], "little") + 8 <= path.stat().st_size:
+        return "safetensors"  # asked first: its first bytes are a length, which may look like any other kind
     if head[:2] == b"PK":
         return _zip_kind(path)
     if head[:1] == b"\x80":
         return "torch"
-    if head[8:] == b"{":
-        if int.from_bytes(head[:8], "little") + 8 > path.stat().st_size:
-            raise _damaged(path, "its header is cut short")
-        return "safetensors"
+    if has_header:
+        raise _damaged(path, "its header is cut short")
     raise RequestError(
         f"{path} is not a model file: expected a dyncompress checkpoint, a torch.export archive, a state dict "
         "(torch.save or safetensors) or a pickled module"
