@@ -2,10 +2,10 @@
 
     python benchmarks/gates_transformers.py [--macs 0.7] [--out FOLDER]      writes benchmarks/gates_transformers.json
 
-Each trained network is gated by `dc.gate` (gumbel). Accuracy on the test split in float32, for the network as it was and
-gated; MACs as counted while predicting; milliseconds per call, static and gated taking turns, and the speed-up over what
-the MACs promise. The classifier is trained first, the vision transformer comes trained on digits. What is measured is
-not measured again.
+Each trained network is gated by `dc.gate` (gumbel). Accuracy on the test split in float32, for the network as it was
+and gated; MACs as counted while predicting; milliseconds per call, static and gated taking turns, and the speed-up over
+what the MACs promise. The classifier is trained first, the vision transformer comes trained on digits. What is measured
+is not measured again.
 """
 
 import argparse
