@@ -1,6 +1,7 @@
 """Skip gates on the command line and in recipes: training, reports, pictures, and models with gates and exits."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dyncompress as dc
-from dyncompress.cli import skipping
+from dyncompress.cli import benching, job, skipping
 from dyncompress.cli.app import run
+from dyncompress.cli.gate_plots import plot_gates
+from dyncompress.compress.measure import measure
+from dyncompress.compress.run_store import RunStore
 from dyncompress.passes.ungated import without_gates
 from dyncompress.runtime.recipe import read_recipe
 from dyncompress.runtime.recipe_steps import Gate
@@ -86,6 +90,8 @@ def here(trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     torch.save(trained.state_dict(), "net.pt")
+    for module in (job, benching):  # what times are is of no interest
+        monkeypatch.setattr(module, "measure", partial(measure, batches={1: 1, 256: 1}, repeats=1))
     return tmp_path
 
 
@@ -100,29 +106,47 @@ def reported(capfd: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return json.loads(told(capfd, *words, "--json")[0])
 
 
-def test_gate(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ("gate", *NET, "--macs", "0.6", "--epochs", "2")
-    report = reported(capfd, *words)
+def test_an_interrupted_gate_ends_as_the_function_does(
+    here: Path, trained: nn.Module, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("gate", *NET, "--kind", "skipnet", "--macs", "0.7", "--epochs", "3")
+    save, saved = RunStore.save, []
+
+    def stop(store: RunStore, state: dict[str, Any]) -> None:
+        save(store, state)
+        saved.append(store.folder)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "save", stop)
+        assert "--out runs/gate-net-1 --resume" in told(capfd, *words, status=130)[1]
+    assert saved[0] == saved[1] != saved[2]  # in the second phase
+    report = reported(capfd, *words, "--resume")
     folder = Path("runs/gate-net-1")
     assert report["run_dir"] == str(folder) and report["onnx"] is None
     assert report["model"] == str(folder / "model.dyn.safetensors")
-    static, gated = report["static"], report["gated"]
-    for entry in (static, gated):
+    for name in ("static", "gated"):
+        entry = report[name]
         assert set(entry["latency_ms"]) == {"1", "256"} and entry["parameters"] > 0 and entry["bytes"] > 0
-    assert report["gate"]["branches"] == BRANCHES and report["gate"]["kind"] == "gumbel"
+    assert report["gate"]["branches"] == BRANCHES and report["gate"]["phases"] == ["supervised", "hybrid"]
+    assert report["gate"]["branch_macs"] == [BRANCH] * 3
     assert json.loads((folder / "report.json").read_text()) == report
-    assert read_recipe(folder / "recipe.yaml").steps == (Gate(macs=0.6, epochs=2),)
-    assert "Skip gates (gumbel)" in (folder / "table.txt").read_text() and not (folder / "steps").exists()
+    assert read_recipe(folder / "recipe.yaml").steps == (Gate(kind="skipnet", macs=0.7, epochs=3),)
+    assert "Skip gates (skipnet)" in (folder / "table.txt").read_text() and not (folder / "steps").exists()
     with Image.open(folder / "gates.png") as picture:
         assert picture.width > 400
 
-    model, data = dc.load(report["model"]), make_data()
-    out = model.predict(data.test.inputs)
-    assert gated["accuracy"] == pytest.approx(float((out.logits.argmax(-1) == data.test.labels).double().mean()))
-    assert gated["mean_macs"] == pytest.approx(float(out.macs.double().mean()))
-    rates = model.predict(data.calibration.inputs).gates.double().mean(0)
+    data = make_data()
+    same = dc.gate(trained, data=data, kind="skipnet", macs=0.7, epochs=3, progress=False)
+    model = dc.load(report["model"])
+    assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in model.state_dict().items())
+    out = same.predict(data.test.inputs)
+    right = out.logits.argmax(-1) == data.test.labels
+    assert report["gated"]["accuracy"] == pytest.approx(float(right.double().mean()))
+    assert report["gated"]["mean_macs"] == pytest.approx(float(out.macs.double().mean()))
+    rates = same.predict(data.calibration.inputs).gates.double().mean(0)
     assert report["gate"]["open"] == pytest.approx(rates.tolist())
-    assert report["gate"]["branch_macs"] == [BRANCH] * 3
 
     assert reported(capfd, *words, "--resume") == report
     assert "--overwrite" in told(capfd, *words, "--out", str(folder), status=2)[1]
@@ -220,19 +244,26 @@ RECIPE = f"""
 model: {ARCH}
 data: {DATA}
 steps:
-  - gate: {{kind: skipnet, macs: 0.7, gate: pooled, epochs: 2}}
+  - gate: {{rate: 0.5, gate: ff2, epochs: 1}}
   - convert: {{exits: 1, epochs: 1}}
 """
 
 
 def test_a_recipe_gates_and_converts(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("recipe.yaml").write_text(RECIPE)
-    report = reported(capfd, "run", "recipe.yaml", "--set", "gate.macs=0.8")
+    report = reported(capfd, "run", "recipe.yaml", "--set", "gate.rate=0.9")
     assert {"static", "gated", "dynamic"} < set(report)
-    assert report["gate"]["phases"] == ["supervised", "hybrid"] and report["gate"]["macs"] == pytest.approx(
-        0.8, abs=0.1
-    )
+    assert report["gate"]["kind"] == "gumbel" and report["gate"]["branches"] == BRANCHES
     folder = Path(report["run_dir"])
     assert all((folder / name).exists() for name in ("gates.png", "curve.png", "exits.png"))
-    Path("recipe.yaml").write_text(RECIPE.replace("skipnet", "gumbel").replace("macs", "mac"))
-    assert "unknown key 'mac'" in told(capfd, "run", "recipe.yaml", status=2)[1]
+    Path("recipe.yaml").write_text(RECIPE.replace("rate", "rat"))
+    assert "unknown key 'rat'" in told(capfd, "run", "recipe.yaml", status=2)[1]
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_the_picture_takes_any_number_of_classes(classes: int | None, tmp_path: Path) -> None:
+    rates = [[0.5] * 4]
+    report = {"branches": list("abcd"), "open": rates[0], "by_hardness": rates * 4, "by_class": classes and rates * 3}
+    plot_gates(tmp_path / "gates.png", report)
+    with Image.open(tmp_path / "gates.png") as picture:
+        assert picture.height > (800 if classes else 400)
