@@ -15,8 +15,11 @@ from exit_models import CASES, call, rows
 from gate_models import gated, gated_graph
 from torch import Tensor
 
+from dyncompress.errors import DynCompressError
+from dyncompress.passes.copying import deep_copy
 from dyncompress.passes.exits import InsertExits
 from dyncompress.runtime.dynamic import DynamicModel
+from dyncompress.runtime.onnx_check import Tolerance, check_file
 from dyncompress.runtime.onnx_export import OnnxReport, export_onnx
 from dyncompress.runtime.policy import ExitPolicy
 
@@ -137,3 +140,43 @@ def test_branches_run_on_the_rows_that_are_open_or_not_at_all(file_of: Any, tmp_
         counts = opened[: len(some)].sum(0).tolist()
         assert rows_by_branch(path, some, tmp_path) == {k: {n} for k, n in enumerate(counts) if n}
     assert 0 < opened[0].sum() < 4  # of one sample alone, some branches ran and some did not
+
+
+def test_gates_may_decide_otherwise_only_beside_zero(file_of: Any) -> None:
+    name = "resnet:pooled:exits"
+    path, batch, moved = file_of(name)[0], samples(name, 64), deep_copy(model(name))
+    with torch.no_grad():
+        logits = moved.trunk.gates.get_submodule("0.out")(_entering(moved, batch)).flatten()
+        moved.trunk.get_parameter("gates.0.out.bias").sub_(logits[logits < 0].max() - 1e-4)
+    with pytest.raises(DynCompressError, match=r"batch size \d+: the gate of 'blocks.0:branch' decides otherwise for"):
+        check_file(path, moved, lambda n: [batch[-n:]], Tolerance(1e-6, 1e-6))
+    check_file(path, moved, lambda n: [batch[-n:]], Tolerance(1e-3, 1e-3))
+
+
+def _entering(dyn: DynamicModel, batch: Tensor) -> Tensor:
+    """What the last layer of the first gate reads."""
+    seen: list[Tensor] = []
+    hook = dyn.trunk.get_submodule("gates.0.out").register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    dyn.all_logits(batch)
+    hook.remove()
+    return seen[0]
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_lies_once_with_the_branch_that_needs_it(file_of: Any) -> None:
+    """What siblings share, such as constants, lies around them both."""
+    dyn, graph = model("vit:policy"), onnx.load(file_of("vit:policy")[0]).graph
+    branches = [n for n in graph.node if n.op_type == "If"]
+    assert len(branches) == len(dyn.gates) == 8
+    inside = [{w.name for a in n.attribute for w in a.g.initializer} for n in branches]
+    names = [w.name for w in graph.initializer] + [name for names in inside for name in names]
+    assert len(names) == len(set(names))
+    for k, found in enumerate(inside):
+        part = "mlp.0" if k % 2 else "attention.qkv"
+        assert f"layers.{k // 2}.{part}" in {name.rpartition(".")[0] for name in found}
+    sizes = sum(
+        int(np.prod(w.dims)) for g in [graph, *(a.g for n in branches for a in n.attribute)] for w in g.initializer
+    )
+    assert sizes < 1.02 * sum(p.numel() for p in dyn.parameters())

@@ -1,4 +1,4 @@
-"""Holds an exported file to PyTorch: the same logits, exits and MACs in onnxruntime on batches of several sizes."""
+"""Holds an exported file to PyTorch: the same answers, exits, gates and MACs in onnxruntime at several batch sizes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import DynCompressError
+from ..passes.gated import graph_gates
+from ..passes.stages import split_stages, with_outputs
 from .dynamic import DynamicModel, Prediction
 from .policy import State
 from .samples import call_flat
@@ -51,7 +53,7 @@ def check_file(
         path: the ONNX file.
         model: what it was exported from, on the CPU, in evaluation mode.
         batch: makes the flat inputs of that many samples.
-        tolerance: for outputs, and for scores beside their threshold.
+        tolerance: for outputs, for scores beside their threshold and for the logits of gates beside 0.
 
     Raises:
         DynCompressError: onnxruntime cannot run the file, or its results are not PyTorch's.
@@ -119,8 +121,11 @@ def _compare_outputs(gm: fx.GraphModule, flat: list[Any], got: Results, toleranc
 def _compare_predictions(model: DynamicModel, flat: list[Any], got: Results, tolerance: Tolerance, n: int) -> float:
     wanted: Prediction = _in_torch(model.predict, model.trunk, flat)
     same = got["exit_index"] == wanted.exit_index
+    if wanted.gates is not None:
+        same &= (got["gates"] == wanted.gates).all(1)
     if not same.all():
-        _excuse(model, flat, torch.nonzero(~same).flatten().tolist(), got["exit_index"], wanted, tolerance, n)
+        rows = _excuse_gates(model, flat, torch.nonzero(~same).flatten().tolist(), got, wanted, tolerance, n)
+        _excuse(model, flat, rows, got["exit_index"], wanted, tolerance, n)
     if not torch.equal(got["macs"][same], wanted.macs[same]):
         raise DynCompressError(f"the ONNX file counts other MACs than PyTorch at batch size {n}")
     return _error(got["logits"][same], wanted.logits[same], tolerance, "logits", n)
@@ -140,6 +145,37 @@ def _error(got: Tensor, wanted: Tensor, tolerance: Tolerance, what: str, n: int)
             f"(allowed: {tolerance}); loosen rtol= or atol=, or check it on your own data with inputs="
         )
     return error
+
+
+def _excuse_gates(
+    model: DynamicModel,
+    flat: list[Any],
+    rows: list[int],
+    got: Results,
+    wanted: Prediction,
+    tolerance: Tolerance,
+    n: int,
+) -> list[int]:
+    """A gate may decide otherwise when its logit is as good as 0; returns the rows where none did before an exit."""
+    if wanted.gates is None:
+        return rows
+    gates, stages = graph_gates(model.trunk), split_stages(model.trunk)
+    logits = _in_torch(with_outputs(model.trunk, [gate.logit for gate in gates]), model.trunk, flat)[1]
+    left = []
+    for row in rows:
+        until = min(int(got["exit_index"][row]), int(wanted.exit_index[row]))
+        count = sum(len(stage.branch_macs) for stage in stages[: until + 1])
+        other = torch.nonzero(got["gates"][row, :count] != wanted.gates[row, :count]).flatten().tolist()
+        if not other:
+            left.append(row)
+            continue
+        logit = logits[other[0]][row]  # what follows a gate that decided otherwise differs rightly
+        if not tolerance.allows(logit, torch.zeros_like(logit)):
+            raise DynCompressError(
+                f"the ONNX file disagrees with PyTorch at batch size {n}: the gate of '{gates[other[0]].branch}' "
+                f"decides otherwise for sample {row}, its logit {float(logit):.6g} off 0"
+            )
+    return left
 
 
 def _excuse(

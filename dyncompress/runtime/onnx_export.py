@@ -58,9 +58,10 @@ def export_onnx(
     """Writes `model` as one ONNX file and holds it to PyTorch in onnxruntime, on batches of 1, 3 and 64 samples.
 
     A dynamic model's file gives `logits` (N, C), `exit_index` (N,) int64 and `macs` (N,) int64, as `predict` does; what
-    comes after an exit runs on the samples that stay, or not at all. A static model's file gives the model's own
-    outputs, the logits as `logits`. Inputs keep the user's names; the batch and every dim that varies are free.
-    Only weights of more than 2 GB lie in a second file, `<path>.data`.
+    comes after an exit runs on the samples that stay, or not at all. Of a model with skip gates it also gives `gates`
+    (N, G) bool, and a branch runs on the samples whose gate is open, or not at all. A static model's file gives the
+    model's own outputs, the logits as `logits`. Inputs keep the user's names; the batch and every dim that varies are
+    free. Only weights of more than 2 GB lie in a second file, `<path>.data`.
 
     Args:
         model: a DynamicModel or a captured graph.
