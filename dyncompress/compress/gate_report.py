@@ -17,7 +17,7 @@ from .evaluate import collect_logits, evaluate, ready
 _BATCH = 256
 _AT_ONCE = 2048  # samples, more than enough for a mean cost to a percent
 _NEAR = 0.005  # of the budget
-_FARTHEST, _HALVINGS = 16.0, 12
+_FARTHEST, _HALVINGS = 16.0, 18
 _MOST_CLASSES = 100
 _HARDNESS = 4
 
@@ -52,10 +52,10 @@ def meet_budget(dynamic: DynamicModel, data: LabelledData, macs: float, device: 
         )
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if cost(middle) > macs:
-            high = middle
-        else:
-            low = middle
+        found = cost(middle)
+        if (1 - _NEAR) * macs <= found <= macs:
+            return middle
+        low, high = (low, middle) if found > macs else (middle, high)
     cost(low)
     return low
 

@@ -2,8 +2,9 @@
 
 1. capture, and insert the gates;
 2. train them, and with them the network, by one of `KINDS`;
-3. move all gates' logits by one number, so that the calibration set costs what was asked for;
-4. measure there which branches run, for which classes, and for hard and easy samples (`gate_report`).
+3. fold the gates' batch norms into the layers before them, so that a gate takes half as long;
+4. move all gates' logits by one number, so that the calibration set costs what was asked for;
+5. measure there which branches run, for which classes, and for hard and easy samples (`gate_report`).
 """
 
 import os
@@ -18,7 +19,8 @@ from ..errors import RequestError
 from ..passes.capture import Inputs, capture
 from ..passes.copying import deep_copy
 from ..passes.cost import count_macs
-from ..passes.gates import POLICY, POOLED, RECURRENT, InsertGates
+from ..passes.fold import FoldBatchNorm
+from ..passes.gates import GATES_PATH, POLICY, POOLED, RECURRENT, InsertGates
 from ..runtime.dynamic import DynamicModel
 from .batches import HasSplits, LabelledData, device_of_model, divided, examples_of, to_device
 from .gate_decisions import Progress
@@ -103,11 +105,12 @@ def gate(
         options |= {"run_dir": folder, "epochs": count, "lr": lr}
         made = train_gates(gm, work, teacher, train, trunk_lr, options)
         history += [replace(epoch, epoch=len(history) + epoch.epoch) for epoch in made]
+    dynamic = DynamicModel(FoldBatchNorm(GATES_PATH.rstrip("."))(gm.eval()).gm).eval()  # a call less for every gate
     if macs is not None:
         meet_budget(dynamic, calibration, macs * count_macs(static), device)
     report = gate_report(dynamic, static, calibration, device)
     report |= {"kind": kind, "phases": [name for name, _ in phases], "history": [asdict(epoch) for epoch in history]}
-    gm.meta["info"] = {**gm.meta.get("info", {}), "gate": report}
+    dynamic.trunk.meta["info"] = {**gm.meta.get("info", {}), "gate": report}
     return dynamic
 
 

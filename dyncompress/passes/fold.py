@@ -24,11 +24,14 @@ class FoldBatchNorm(GraphPass):
     The result is for inference: it has no batch statistics left to train with. Layers that are called more than once,
     or share a weight, grouped transposed convolutions and batch norms without running statistics stay.
 
+    `within`: only those below the module of this name; all by default.
+
     Raises:
         RequestError: the model is in training mode.
     """
 
     name: ClassVar[str] = "fold-batch-norm"
+    within: str = ""
 
     def rewrite(self, gm: fx.GraphModule) -> PassResult:
         if gm.training:
@@ -37,7 +40,9 @@ class FoldBatchNorm(GraphPass):
         for node in gm.graph.find_nodes(op="call_module"):
             for parameter in gm.get_submodule(str(node.target)).parameters():
                 calls.setdefault(id(parameter), []).append(node.name)
-        folded = [str(norm.target) for norm in list(gm.graph.nodes) if _try_fold(gm, norm, calls)]
+        below = f"{self.within}." if self.within else ""
+        norms = [n for n in gm.graph.find_nodes(op="call_module") if str(n.target).startswith(below)]
+        folded = [str(norm.target) for norm in norms if _try_fold(gm, norm, calls)]
         gm.recompile()
         return PassResult(gm, bool(folded), {"folded": folded})
 

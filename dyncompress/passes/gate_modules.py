@@ -1,12 +1,12 @@
 """Gates: small modules from what enters a branch to one logit per sample, the log-odds that the branch runs.
 
-pooled     ConvNet-AIG's (Veit & Belongie, ECCV 2018): mean, linear to 16, ReLU, linear; without its BatchNorm, a call
-           of which takes as long as all the rest together
+pooled     ConvNet-AIG's (Veit & Belongie, ECCV 2018): mean, linear to 16, BatchNorm, ReLU, linear
 ff1, ff2   SkipNet's feed-forward gates (Wang et al., ECCV 2018, section 3.2): convolutions on the map, then the mean
-recurrent  SkipNet's recurrent gate: mean, linear to 10, one LSTM cell that all gates share, linear
+recurrent  SkipNet's recurrent gate: mean, linear to 10, BatchNorm, one LSTM cell that all gates share, linear
 policy     BlockDrop's (Wu et al., CVPR 2018): one network decides all branches before the first of them
 
-A softmax over two logits depends on their difference only; the one logit here is that difference.
+A softmax over two logits depends on their difference only; the one logit here is that difference. Without a BatchNorm
+gates see what all samples have in common, and learn to be always open or always closed.
 """
 
 import math
@@ -38,10 +38,11 @@ class PooledGate(nn.Module):
         super().__init__()
         self.channel_dim = channel_dim
         self.squeeze = nn.Linear(channels, _POOLED)
+        self.norm = nn.BatchNorm1d(_POOLED)
         self.out = last_layer(_POOLED)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.relu(self.squeeze(_pool(x, self.channel_dim)))).squeeze(1)
+        return self.out(torch.relu(self.norm(self.squeeze(_pool(x, self.channel_dim))))).squeeze(1)
 
 
 class ConvGate(nn.Module):
@@ -77,9 +78,10 @@ class Embedding(nn.Module):
         super().__init__()
         self.channel_dim = channel_dim
         self.linear = nn.Linear(channels, _CELL)
+        self.norm = nn.BatchNorm1d(_CELL)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(_pool(x, self.channel_dim))
+        return self.norm(self.linear(_pool(x, self.channel_dim)))
 
 
 class RecurrentGate(nn.Module):
@@ -122,7 +124,7 @@ class PolicyNetwork(nn.Module):
             self.pool = nn.AvgPool2d(2) if side > 1 else nn.Identity()
             self.hidden: nn.Module = nn.Sequential(*_conv(channels, _POLICY, 2), *_conv(_POLICY, 2 * _POLICY, 2))
         else:
-            self.hidden = nn.Sequential(nn.Linear(channels, width), nn.ReLU())
+            self.hidden = nn.Sequential(nn.Linear(channels, width), nn.BatchNorm1d(width), nn.ReLU())
         self.out = last_layer(width, gates)
 
     def forward(self, x: Tensor) -> Tensor:
