@@ -16,13 +16,13 @@ resume.
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from common import read, write
 from data import FOLDER, available
 from torch import fx, nn
 from torch.utils.data import Subset
@@ -143,9 +143,7 @@ def main() -> None:
         "learned_share": learned["learned"],
         "models": rows,
     }
-    beside = RESULTS.with_suffix(".tmp")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(beside, RESULTS)
+    write(RESULTS, {**read(RESULTS), f"{HIDDEN} hidden, {asked.words:g} of the words": result})
 
 
 if __name__ == "__main__":
