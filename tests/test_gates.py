@@ -168,6 +168,22 @@ def test_names_of_branches_and_wrong_requests() -> None:
         InsertGates("ff1")(gm)
 
 
+def test_a_branch_of_another_type_has_no_gate() -> None:
+    """What comes out would be of one type or the other, as gates decide."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.branch = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return x.double() + self.branch(x)
+
+    with pytest.raises(dc.RequestError, match="are of different types"):
+        InsertGates()(dc.capture(Mixed(), torch.randn(2, 8)))
+
+
 def test_no_samples() -> None:
     answer = gated("resnet").predict(torch.randn(0, 3, 16, 16))
     assert answer.logits.shape == (0, 10) and answer.gates.shape == (0, 4) and answer.macs.shape == (0,)

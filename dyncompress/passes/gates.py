@@ -121,6 +121,8 @@ def _place(flow: Flow, types: Typing, branch: Branch) -> _Place | str:
         return f"{stuck[0]} cannot be divided by samples"
     if not flow.per_sample(end):
         return f"{end.name} is not one entry per sample"
+    if end.meta["val"].dtype != branch.shortcut.meta["val"].dtype:
+        return f"{end.name} and {branch.shortcut.name}, which are added, are of different types"
     for node in entering:
         if node in flow.learned and flow.per_sample(node) and node.meta["val"].is_floating_point():
             dim = channel_dim(types, node) if node.meta["val"].dim() > 2 else 1
