@@ -8,8 +8,8 @@ temperature per head, its two calibrations; of two learning rates, its own and o
 calibration split. Ours has exits at the same places, or where `convert` puts three. Both choose thresholds on the same
 calibration split, for a loss of accuracy there or for a budget; accuracy and multiply-adds, heads included and counted
 by PyTorch, are of the test split, a sample at a time. `at_their_macs` is ours within what earlyon spent for the goal.
-Milliseconds per call under the thresholds for a point of loss, one thread, all taking turns; of more samples than one,
-earlyon lets all leave together or none.
+Milliseconds per call under the thresholds for a point of loss, one thread, all taking turns, as in lenet.py; of more
+samples than one, earlyon lets all leave together or none. What is trained is not trained again.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 from data import available, splits
 from exits import trained
+from lenet import least_ms
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +33,7 @@ from vs_torch_pruning import write
 
 import dyncompress as dc
 from dyncompress.compress.candidates import Cached
-from dyncompress.compress.evaluate import collect_logits, latency_inputs, measure_latency
+from dyncompress.compress.evaluate import collect_logits, latency_inputs
 from dyncompress.compress.thresholds import ThresholdSearch
 from dyncompress.model_zoo import Splits
 from dyncompress.passes.stages import split_stages
@@ -43,7 +44,7 @@ TRAIN, CALIBRATION, EPOCHS, BATCH = 12_800, 4_000, 4, 128
 GOALS = ("macs 0.5", "macs 0.7", "macs 0.9", "loss 0.0025", "loss 0.005", "loss 0.01", "loss 0.02")
 TIMED = "loss 0.01"
 THEIR_LR, LR = 1e-3, 1e-2
-CALLS, REPEATS = {1: 100, 16: 16, 256: 2}, 7
+CALLS, ROUNDS = {1: 100, 16: 16, 256: 2}, 7
 
 Point = dict[str, float]
 
@@ -54,7 +55,7 @@ Point = dict[str, float]
 class Peer:
     """earlyon's exits on a copy of the network, trained."""
 
-    def __init__(self, net: nn.Module, data: Splits, lr: float) -> None:
+    def __init__(self, net: nn.Module, data: Splits, lr: float, kept: Path) -> None:
         from earlyon.core.thresholds import collect_head_logits
         from earlyon.models import custom_ee
         from earlyon.training import stage2_train_exits
@@ -62,8 +63,12 @@ class Peer:
         torch.manual_seed(0)
         shape = tuple(data.test[0][0][None].shape)
         self.model = custom_ee(copy.deepcopy(net), list(LAYERS), data.classes, input_shape=shape)
-        loader = DataLoader(data.train, batch_size=BATCH, shuffle=True, drop_last=True)
-        stage2_train_exits(self.model, loader, epochs=EPOCHS, lr=lr)
+        if kept.exists():
+            self.model.load_state_dict(torch.load(kept, weights_only=True))
+        else:
+            loader = DataLoader(data.train, batch_size=BATCH, shuffle=True, drop_last=True)
+            stage2_train_exits(self.model, loader, epochs=EPOCHS, lr=lr)
+            torch.save(self.model.state_dict(), kept)
         self.model.eval()
         self.held_out = DataLoader(data.calibration, batch_size=BATCH)
         self.found = collect_head_logits(self.model, self.held_out, "cpu")
@@ -129,8 +134,13 @@ class Peer:
 class Own:
     """Our exits on a copy of the network, trained."""
 
-    def __init__(self, net: nn.Module, exits: Any, data: Splits) -> None:
-        self.model = dc.convert(net, exits=exits, data=data, epochs=EPOCHS, lr=LR, batch_size=BATCH, device="cpu")
+    def __init__(self, net: nn.Module, exits: Any, data: Splits, kept: Path) -> None:
+        if not kept.exists():
+            made = dc.convert(net, exits=exits, data=data, epochs=EPOCHS, lr=LR, batch_size=BATCH, device="cpu")
+            dc.save(made, kept)
+        loaded = dc.load(kept)
+        assert isinstance(loaded, dc.DynamicModel)
+        self.model = loaded
         stages, policy = split_stages(self.model.trunk), self.model.policy
         self.costs = [s.macs for s in stages], [s.head_macs for s in stages[:-1]]
         logits, labels = collect_logits(self.model, data.calibration)
@@ -180,8 +190,8 @@ def clock(static: nn.Module, own: dict[str, Own], peer: Peer, data: Splits) -> d
     left = {}
     for size, batches in latency_inputs(data.test, CALLS).items():
         call = peer.model if size == 1 else peer.model.forward_inference_batched
-        for name, ms in measure_latency({**models, "earlyon": call}, {size: batches}, REPEATS).items():
-            rows[name][str(size)] = round(ms[size], 3)
+        for name, ms in least_ms({**models, "earlyon": call}, size, batches, ROUNDS).items():
+            rows[name][str(size)] = round(ms, 3)
         left[str(size)] = round(sum(call(x).exit_taken >= 0 for x in batches) / len(batches), 3)
     speed_up = {
         name: {size: round(rows["earlyon"][size] / ms, 2) for size, ms in row.items()} for name, row in rows.items()
@@ -196,8 +206,11 @@ def measure(data: Splits, out: Path) -> dict[str, Any]:
     data = Splits(train, held_out, data.test, data.classes, data.name)
     x = torch.stack([data.test[i][0] for i in range(2)])
     static = dc.capture(net, x).eval()
-    own = {"ours, same places": Own(net, stage_ends(net, x), data), "ours": Own(net, 3, data)}
-    tried = {lr: Peer(net, data, lr) for lr in (THEIR_LR, LR)}
+    own = {
+        "ours, same places": Own(net, stage_ends(net, x), data, out / "same-places.dyn"),
+        "ours": Own(net, 3, data, out / "ours.dyn"),
+    }
+    tried = {lr: Peer(net, data, lr, out / f"earlyon-{lr}.pt") for lr in (THEIR_LR, LR)}
     peer = max(tried.values(), key=lambda side: side.early_accuracy)
     their = peer.points(data, x)
     points = {"earlyon": their, **{name: side.points(data, their) for name, side in own.items()}}
