@@ -43,7 +43,7 @@ def assert_unbiased(estimates: list[Tensor], exact: Tensor) -> None:
 def drawn_gradients(
     loss: Callable[[Tensor, Tensor], Tensor], mixed: bool, times: int = 400, n: int = 64
 ) -> list[Tensor]:
-    decide = Sampled(mixed)
+    decide = Sampled(None if mixed else Progress(1))
     found = []
     for _ in range(times):
         odds = ODDS.expand(n, 3).clone().requires_grad_()
@@ -118,8 +118,8 @@ def test_gumbel_gradient_has_no_bias_beyond_its_smoothing() -> None:
     """Against its own expectation by quadrature over the noise, to 3 standard errors."""
     decide = Gumbel(Progress(100, 50))
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    soft = torch.sigmoid((ODDS.double()[:, None] + torch.logit(u)) / decide.temperature)
-    exact = (soft * (1 - soft) / decide.temperature).mean(1).float()
+    soft = torch.sigmoid((ODDS.double()[:, None] + torch.logit(u)) / decide.progress.gumbel_temperature)
+    exact = (soft * (1 - soft) / decide.progress.gumbel_temperature).mean(1).float()
     estimates = []
     for _ in range(300):
         odds = ODDS.expand(256, 3).clone().requires_grad_()
@@ -132,10 +132,10 @@ def test_gumbel_gradient_has_no_bias_beyond_its_smoothing() -> None:
 def test_decisions_follow_their_probabilities() -> None:
     logit = torch.full((40_000,), 0.5)
     p = torch.sigmoid(torch.tensor(0.5))
-    for decide, expected in ((Sampled(False), p), (Sampled(True), 0.8 * p + 0.2 * (1 - p)), (Gumbel(Progress(1)), p)):
+    for decide, expected in ((Sampled(Progress(1)), p), (Sampled(), 0.8 * p + 0.2 * (1 - p)), (Gumbel(Progress(1)), p)):
         assert abs(float(decide(logit, 0).mean()) - float(expected)) < 3 * 0.5 / 40_000**0.5
     assert torch.equal(Relaxed()(logit, 0), torch.sigmoid(logit))
-    forced = Sampled(True, Curriculum(Progress(4), gates=2))
+    forced = Sampled(curriculum=Curriculum(Progress(4), gates=2))
     assert forced(torch.full((9,), -9.0), 0).all() and not forced(torch.full((9,), -99.0), 1).all()
     forced.greedy = True
     assert not forced(torch.full((9,), -0.1), 1).any() and forced(torch.full((9,), -0.1), 0).all()
@@ -193,3 +193,9 @@ def test_a_loss_goes_on_where_it_was() -> None:
 
 def test_the_curriculum_lets_the_last_gates_close_first() -> None:
     assert [Curriculum(Progress(100, done), 4).forced for done in (0, 18, 19, 38, 57, 100)] == [3, 3, 2, 1, 0, 0]
+
+
+def test_drawn_decisions_cool_down_to_those_of_evaluation() -> None:
+    logit = torch.randn(10_000)
+    differing = [float((Sampled(Progress(100, done))(logit, 0) != (logit > 0)).float().mean()) for done in (0, 50, 100)]
+    assert differing[0] > 0.25 and differing[0] > differing[1] > differing[2] and differing[2] < 0.1

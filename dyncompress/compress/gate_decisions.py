@@ -2,10 +2,11 @@
 
     gumbel     1[l + n > 0], n = log u - log(1 - u);  backwards as sigmoid((l + n) / tau)       (Jang et al. 2017)
     relaxed    sigmoid(l)                                                                  (SkipNet, supervised stage)
-    sampled    Bernoulli(sigmoid(l)), no gradient through it                       (SkipNet, BlockDrop: policy gradient)
+    sampled    Bernoulli(sigmoid(l / tau)), no gradient through it                 (SkipNet, BlockDrop: policy gradient)
 
 A softmax over two logits with Gumbel noise is a sigmoid of their difference with logistic noise. At evaluation a gate
-is open where l > 0, without noise.
+is open where l > 0, without noise. BlockDrop keeps tau at 1; SkipNet's falls too, or the network would end up trained
+for decisions by chance, and be tested on others.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-TEMPERATURES = 1.0, 0.3  # tau of the first and of the last step; it falls geometrically
+_COLD = 0.3, 0.1  # tau of the last step, gumbel's and SkipNet's; it falls from 1 geometrically
 _MIXED = 0.8  # BlockDrop explores: p <- .8 p + .2 (1 - p)
 
 
@@ -28,6 +29,14 @@ class Progress:
     def share(self) -> float:
         return min(1.0, self.done / self.steps)
 
+    @property
+    def gumbel_temperature(self) -> float:
+        return _COLD[0] ** self.share
+
+    @property
+    def sampling_temperature(self) -> float:
+        return _COLD[1] ** self.share
+
 
 class Gumbel(nn.Module):
     """Hard decisions with noise, the gradient of soft ones."""
@@ -36,15 +45,10 @@ class Gumbel(nn.Module):
         super().__init__()
         self.progress = progress
 
-    @property
-    def temperature(self) -> float:
-        first, last = TEMPERATURES
-        return first * (last / first) ** self.progress.share
-
     def forward(self, logit: Tensor, k: int) -> Tensor:
         uniform = torch.rand_like(logit, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
         noisy = logit + torch.logit(uniform)
-        soft = torch.sigmoid(noisy / self.temperature)
+        soft = torch.sigmoid(noisy / self.progress.gumbel_temperature)
         return (noisy > 0).to(soft.dtype) - soft.detach() + soft
 
 
@@ -69,18 +73,22 @@ class Curriculum:
 
 
 class Sampled(nn.Module):
-    """Decisions drawn at random, or the likelier ones while `greedy`; by a curriculum the first gates stay open."""
+    """Decisions drawn at random, or the likelier ones while `greedy`; by a curriculum the first gates stay open.
 
-    def __init__(self, mixed: bool, curriculum: Curriculum | None = None) -> None:
+    cooled: by whose progress the temperature falls; None: it stays at 1, and probabilities are `mixed`.
+    """
+
+    def __init__(self, cooled: Progress | None = None, curriculum: Curriculum | None = None) -> None:
         super().__init__()
-        self.mixed, self.curriculum, self.greedy = mixed, curriculum, False
+        self.cooled, self.curriculum, self.greedy = cooled, curriculum, False
 
     def forward(self, logit: Tensor, k: int) -> Tensor:
         if self.curriculum is not None and k < self.curriculum.forced:
             return torch.ones_like(logit)
         if self.greedy:
             return (logit > 0).to(logit.dtype)
-        return torch.bernoulli(probabilities(logit.detach(), self.mixed)).to(logit.dtype)
+        temperature = 1.0 if self.cooled is None else self.cooled.sampling_temperature
+        return torch.bernoulli(probabilities(logit.detach() / temperature, self.cooled is None)).to(logit.dtype)
 
 
 def probabilities(logit: Tensor, mixed: bool) -> Tensor:

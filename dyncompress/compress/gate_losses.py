@@ -122,7 +122,8 @@ class Hybrid(Budget):
     def of_run(self, run: GateRun, task: Tensor, labels: Tensor) -> Tensor:
         drawn = run.factors.detach()
         returns = self.returns(task.detach(), drawn, self.price(self.costs.used(drawn)))
-        return task.mean() + _HYBRID * reinforce(run.odds, drawn, without_others(returns), mixed=False)
+        odds = run.odds / self.progress.sampling_temperature
+        return task.mean() + _HYBRID * reinforce(odds, drawn, without_others(returns), mixed=False)
 
     def returns(self, task: Tensor, drawn: Tensor, price: Tensor) -> Tensor:
         """(N, G): for each gate minus the loss, and minus the price of what it and the later ones cost."""

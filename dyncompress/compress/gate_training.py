@@ -65,11 +65,11 @@ def make_phase(name: str, done: Progress, goal: Goal) -> Phase:
     if name == GUMBEL:
         return Phase(Gumbel(done), Budget(*budget))
     if name == _HYBRID:
-        return Phase(Sampled(mixed=False), Hybrid(*budget))
+        return Phase(Sampled(cooled=done), Hybrid(*budget))
     if name == _CURRICULUM:
         gates = len(goal.costs.branches)
-        return Phase(Sampled(mixed=True, curriculum=Curriculum(done, gates)), Drops(*budget, joint=False), False)
-    return Phase(Sampled(mixed=True), Drops(*budget, joint=True))
+        return Phase(Sampled(curriculum=Curriculum(done, gates)), Drops(*budget, joint=False), moves_model=False)
+    return Phase(Sampled(), Drops(*budget, joint=True))
 
 
 def train_gates(
