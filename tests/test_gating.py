@@ -59,7 +59,7 @@ def test_a_budget_is_met_and_skipped(net: nn.Module, kind: str) -> None:
     found = dc.evaluate(dyn, data)
     assert found.mean_macs is not None and abs(found.mean_macs / whole - report["macs"]) < 0.1
     assert not dyn.training and all(torch.equal(before[n], v) for n, v in net.state_dict().items())
-    assert [h["epoch"] for h in report["history"]] == [1, 2]
+    assert [h["epoch"] for h in report["history"]] == [1, 2] and abs(report["moved"]) < 16
 
 
 def test_hardness_goes_from_sure_to_unsure(net: nn.Module) -> None:

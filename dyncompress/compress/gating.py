@@ -57,7 +57,8 @@ def gate(
 ) -> DynamicModel:
     """A copy of `model` that skips, sample by sample, the residual branches it does not need; in eval mode.
 
-    What was measured on the calibration set is in `result.trunk.meta["info"]["gate"]`.
+    What was measured on the calibration set is in `result.trunk.meta["info"]["gate"]`; "moved" there is how far the
+    gates' logits were moved to meet the budget: by more than one or so where the training was too short to meet it.
 
     Args:
         model: any model `capture` takes that puts out (batch, classes) logits and has residual branches.
@@ -106,9 +107,8 @@ def gate(
         made = train_gates(gm, work, teacher, train, trunk_lr, options)
         history += [replace(epoch, epoch=len(history) + epoch.epoch) for epoch in made]
     dynamic = DynamicModel(FoldBatchNorm(GATES_PATH.rstrip("."))(gm.eval()).gm).eval()  # a call less for every gate
-    if macs is not None:
-        meet_budget(dynamic, calibration, macs * count_macs(static), device)
-    report = gate_report(dynamic, static, calibration, device)
+    moved = 0.0 if macs is None else meet_budget(dynamic, calibration, macs * count_macs(static), device)
+    report = {"moved": moved, **gate_report(dynamic, static, calibration, device)}
     report |= {"kind": kind, "phases": [name for name, _ in phases], "history": [asdict(epoch) for epoch in history]}
     dynamic.trunk.meta["info"] = {**gm.meta.get("info", {}), "gate": report}
     return dynamic
