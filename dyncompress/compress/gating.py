@@ -89,7 +89,8 @@ def gate(
         raise RequestError("the model has exits: gate the static one, then add the exits with convert")
     gm = _with_gates(static, gate or _USUAL_GATE[kind], seed)
     dynamic = DynamicModel(gm).eval()
-    costs = _costs(dynamic, count_macs(static))
+    whole = count_macs(static)
+    costs = _costs(dynamic, whole)
     if macs is not None and macs <= costs.fixed:
         raise RequestError(f"macs={macs:g}: what cannot be skipped costs {costs.fixed:.3f} of the model; give more")
     device = torch.device(device) if device is not None else training_device()
@@ -107,7 +108,7 @@ def gate(
         made = train_gates(gm, work, teacher, train, trunk_lr, options)
         history += [replace(epoch, epoch=len(history) + epoch.epoch) for epoch in made]
     dynamic = DynamicModel(FoldBatchNorm(GATES_PATH.rstrip("."))(gm.eval()).gm).eval()  # a call less for every gate
-    moved = 0.0 if macs is None else meet_budget(dynamic, calibration, macs * count_macs(static), device)
+    moved = 0.0 if macs is None else meet_budget(dynamic, calibration, macs * whole, device)
     report = {"moved": moved, **gate_report(dynamic, static, calibration, device)}
     report |= {"kind": kind, "phases": [name for name, _ in phases], "history": [asdict(epoch) for epoch in history]}
     dynamic.trunk.meta["info"] = {**gm.meta.get("info", {}), "gate": report}

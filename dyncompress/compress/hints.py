@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import RequestError
 from ..passes.exits import final_features
+from ..passes.head_modules import channel_means
 from ..passes.heads import channel_dim
 from ..passes.insertion import all_logits, graph_exits
 from ..passes.stages import with_outputs
@@ -42,7 +43,7 @@ class Tapped(nn.Module):
 
     def features(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         logits, maps = self.tapped(*args, **kwargs)
-        return logits, [_mean(x, dim) for x, dim in zip(maps, self.dims, strict=True)]
+        return logits, [channel_means(x, dim) for x, dim in zip(maps, self.dims, strict=True)]
 
     def _placed(self, layers: list[nn.Module]) -> nn.ModuleList:
         parameter = next(self.tapped.parameters())
@@ -89,8 +90,3 @@ class Taught(Tapped):
             a_BJ = torch.softmax((later_BJD * q_BD.unsqueeze(1)).sum(-1) / q_BD.shape[1] ** 0.5, -1)
             teachers.append(classify[k]((a_BJ.unsqueeze(-1) * later_BJD).sum(1)))  # type: ignore[index]
         return logits, teachers
-
-
-def _mean(x: Tensor, channel_dim: int) -> Tensor:
-    others = [d for d in range(1, x.dim()) if d != channel_dim]
-    return x.mean(others) if others else x

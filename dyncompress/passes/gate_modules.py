@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .head_modules import channel_means
+
 _POOLED, _CELL, _POLICY = 16, 10, 32  # widths: ConvNet-AIG's, SkipNet's, ours
 OPEN_AT_FIRST = 0.85  # of the samples, before a gate has learned anything (ConvNet-AIG)
 
@@ -23,12 +25,6 @@ def last_layer(features: int, gates: int = 1) -> nn.Linear:
     layer = nn.Linear(features, gates)
     nn.init.constant_(layer.bias, math.log(OPEN_AT_FIRST / (1 - OPEN_AT_FIRST)))
     return layer
-
-
-def _pool(x: Tensor, channel_dim: int) -> Tensor:
-    """The mean over all dims but the batch and the channels: (batch, channels)."""
-    others = [d for d in range(1, x.dim()) if d != channel_dim]
-    return x.mean(others) if others else x
 
 
 class PooledGate(nn.Module):
@@ -42,7 +38,7 @@ class PooledGate(nn.Module):
         self.out = last_layer(_POOLED)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.relu(self.norm(self.squeeze(_pool(x, self.channel_dim))))).squeeze(1)
+        return self.out(torch.relu(self.norm(self.squeeze(channel_means(x, self.channel_dim))))).squeeze(1)
 
 
 class ConvGate(nn.Module):
@@ -81,7 +77,7 @@ class Embedding(nn.Module):
         self.norm = nn.BatchNorm1d(_CELL)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.linear(_pool(x, self.channel_dim)))
+        return self.norm(self.linear(channel_means(x, self.channel_dim)))
 
 
 class RecurrentGate(nn.Module):
@@ -129,7 +125,7 @@ class PolicyNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.image:
-            return self.out(self.hidden(_pool(x, self.channel_dim)))
+            return self.out(self.hidden(channel_means(x, self.channel_dim)))
         if self.channel_dim == 3:
             x = x.permute(0, 3, 1, 2)
         return self.out(self.hidden(self.pool(x)).mean((2, 3)))

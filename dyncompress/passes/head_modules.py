@@ -9,6 +9,12 @@ from torch import Tensor, nn
 _REDUCTION = 4  # of the channels inside a bottleneck, as in a ResNet's
 
 
+def channel_means(x: Tensor, channel_dim: int) -> Tensor:
+    """The mean over all dims but the batch and the channels: (batch, channels)."""
+    others = [d for d in range(1, x.dim()) if d != channel_dim]
+    return x.mean(others) if others else x
+
+
 class LinearHead(nn.Module):
     """The mean over all dims but the batch and the channels, then one linear layer."""
 
@@ -19,8 +25,7 @@ class LinearHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ..., features, ...) to (batch, classes) logits."""
-        others = [d for d in range(1, x.dim()) if d != self.channel_dim]
-        return self.linear(x.mean(others) if others else x)
+        return self.linear(channel_means(x, self.channel_dim))
 
 
 class AttentionHead(nn.Module):
