@@ -9,8 +9,12 @@ A network is trained (`resnet_sparsity.py`), and then, for as many epochs each o
     gumbel, skipnet, blockdrop
                 gated by `dc.gate`, taught by the first network
     no pretrain skipnet's policy gradients for all of the epochs, without the supervised half
-    random      trained on while branches are skipped at random, as often as the gumbel gates skip them, and tested so
-                (mean of three draws)
+    untrained, untrained no pretrain
+                the same two from a network with random weights, as published, without a teacher
+    random      trained on while every branch is skipped at random as often as any other, and tested so (mean of three
+                draws)
+    random, learned rates
+                the same, but each branch as often as the gumbel gates skip it: what remains of a gate without its input
     shallower   sparsified to the same MACs by group lasso over residual branches, then trained on
 
 Accuracy on the test images in float32, MACs as counted while predicting them. Milliseconds per call on test images,
@@ -37,7 +41,7 @@ from dyncompress.passes.cost import count_macs
 from dyncompress.passes.gated import deciding
 
 RESULTS = Path(__file__).with_suffix(".json")
-EPOCHS, SHARE, GATE_LR, TRUNK_LR, MORE_LR = 4, 0.5, 5e-3, 0.2, 0.02
+EPOCHS, SHARE, GATE_LR, TRUNK_LR, MORE_LR = 10, 0.5, 5e-3, 0.2, 0.02
 ONE_BRANCH = 0.02  # a network without whole branches may have this much more: three of nine gone are .655
 CALLS = {1: 200, 64: 12}
 DRAWS = 3
@@ -67,11 +71,12 @@ class Bench:
         run = self.folder / name
         fit(model, loss, data, epochs=epochs, lr=lr, optimizer=SGD, run_dir=run, resume=run.exists(), **self.options)
 
-    def first(self) -> fx.GraphModule:
+    def first(self, trained: bool = True) -> fx.GraphModule:
         torch.manual_seed(self.seed)
         image = self.whole.train[0][0][None]
         net = build(f"resnet{self.depth}-cifar", channels=image.shape[1])
-        self.fitted(net, "first", self.whole.train, FIRST, LR)
+        if trained:
+            self.fitted(net, "first", self.whole.train, FIRST, LR)
         return dc.capture(net.eval(), image)
 
     def static(self) -> fx.GraphModule:
@@ -79,22 +84,29 @@ class Bench:
         self.fitted(gm, "static", self.train, EPOCHS, MORE_LR)
         return gm.eval()
 
-    def gated(self, kind: str, pretrain: bool = True) -> dc.DynamicModel:
-        run = self.folder / (kind if pretrain else "no-pretrain")
+    def gated(self, kind: str, pretrain: bool = True, trained: bool = True) -> dc.DynamicModel:
+        name = ("" if trained else "untrained-") + (kind if pretrain else "no-pretrain")
+        run = self.folder / name
 
         class Data:
             train, calibration = self.train, self.whole.calibration
 
         return dc.gate(
-            self.first(), data=Data(), kind=kind, macs=self.macs, pretrain=pretrain, epochs=EPOCHS, lr=GATE_LR,
-            trunk_lr=TRUNK_LR, run_dir=run, resume=run.exists(), **self.options,
+            self.first(trained), data=Data(), kind=kind, macs=self.macs, pretrain=pretrain, epochs=EPOCHS, lr=GATE_LR,
+            trunk_lr=TRUNK_LR, distill=0.5 if trained else 0.0, run_dir=run, resume=run.exists(), **self.options,
         )  # fmt: skip
 
-    def random(self) -> fx.GraphModule:
+    def rates(self, learned: bool) -> list[float]:
+        """How often each branch runs: as learned by gumbel, or all alike at the budget."""
         gumbel = self.gated("gumbel")
-        gm = dc.InsertGates()(self.first()).gm
-        run = deciding(gm, Random(gumbel.trunk.meta["info"]["gate"]["open"]))
-        self.fitted(run, "random", self.train, EPOCHS, MORE_LR, lambda out, labels: cross_entropy(out[0][-1], labels))
+        if learned:
+            return list(gumbel.trunk.meta["info"]["gate"]["open"])
+        skippable, whole = sum(gumbel.branch_macs), count_macs(self.first())
+        return [1 - (gumbel.static_macs - self.macs * whole) / skippable] * len(gumbel.branch_macs)
+
+    def random(self, name: str) -> fx.GraphModule:
+        run = deciding(dc.InsertGates()(self.first()).gm, Random(self.rates(name != "random")))
+        self.fitted(run, name, self.train, EPOCHS, MORE_LR, lambda out, labels: cross_entropy(out[0][-1], labels))
         return run.eval()
 
     def shallower(self) -> fx.GraphModule:
@@ -109,16 +121,13 @@ class Bench:
 
     def row(self, name: str) -> dict[str, Any]:
         """One network's accuracy, MACs and times."""
-        static = self.static()
-        whole = count_macs(static)
-        if name == "random":
-            return self.random_row(self.random(), whole)
-        model: Any = self.gated(*NAMES[name]) if name in NAMES else self.shallower() if name == "shallower" else static
+        whole = count_macs(self.first())
+        if name.startswith("random"):
+            return self.random_row(name, whole)
+        model = self.model(name)
         found = dc.evaluate(model, self.whole.test)
         assert found.mean_macs is not None
         row = {"accuracy": round(found.accuracy, 4), "macs": round(found.mean_macs / whole, 4)}
-        if name != "static":
-            row |= self.times(static, model, row["macs"])
         if name in NAMES:
             report = model.trunk.meta["info"]["gate"]
             row |= {"open": [round(rate, 3) for rate in report["open"]]}
@@ -126,8 +135,12 @@ class Bench:
             row |= {"by_hardness": [round(sum(rates) / len(rates), 3) for rates in report["by_hardness"]]}
         return row
 
-    def times(self, static: fx.GraphModule, model: Any, macs: float) -> dict[str, Any]:
+    def model(self, name: str) -> Any:
+        return self.gated(*NAMES[name]) if name in NAMES else self.shallower() if name == "shallower" else self.static()
+
+    def times(self, name: str, macs: float) -> dict[str, Any]:
         """Per call, and the speed-up over what the MACs promise."""
+        static, model = self.static(), self.model(name)
         run = model.predict if isinstance(model, dc.DynamicModel) else model.eval()
         ms = measure_latency({"static": static, "this": run}, latency_inputs(self.whole.test, CALLS))
         speed_up = {size: ms["static"][size] / ms["this"][size] for size in CALLS}
@@ -138,7 +151,8 @@ class Bench:
         }
 
     @torch.no_grad()
-    def random_row(self, run: nn.Module, whole: int) -> dict[str, Any]:
+    def random_row(self, name: str, whole: int) -> dict[str, Any]:
+        run = self.random(name)
         right = count = 0
         torch.manual_seed(self.seed)
         for _ in range(DRAWS):
@@ -147,8 +161,7 @@ class Bench:
                 logits = run(torch.stack([x for x, _ in batch]))[0][-1]
                 right += int((logits.argmax(-1) == torch.tensor([y for _, y in batch])).sum())
                 count += len(batch)
-        gumbel = self.gated("gumbel")
-        rates = gumbel.trunk.meta["info"]["gate"]["open"]
+        gumbel, rates = self.gated("gumbel"), self.rates(name != "random")
         spent = gumbel.static_macs - sum(
             (1 - rate) * macs for rate, macs in zip(rates, gumbel.branch_macs, strict=True)
         )
@@ -157,8 +170,12 @@ class Bench:
 
 NAMES = {
     "gumbel": ("gumbel",), "skipnet": ("skipnet",), "blockdrop": ("blockdrop",), "no pretrain": ("skipnet", False),
+    "untrained": ("skipnet", True, False), "untrained no pretrain": ("skipnet", False, False),
 }  # fmt: skip
-ROWS = ("static", "gumbel", "shallower", "skipnet", "blockdrop", "random", "no pretrain")
+ROWS = (
+    "static", "gumbel", "random", "random, learned rates", "shallower", "skipnet", "no pretrain", "blockdrop",
+    "untrained", "untrained no pretrain",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -181,6 +198,9 @@ def main() -> None:
     for name in ROWS:
         if name not in rows:
             rows[name] = bench.row(name)
+            write(RESULTS, result)
+        if "ms" not in rows[name] and (name in NAMES or name == "shallower"):
+            rows[name] |= bench.times(name, rows[name]["macs"])
             write(RESULTS, result)
         print(name, rows[name], flush=True)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyncompress.compress.gate_decisions import Curriculum, Gumbel, Progress, Relaxed, Sampled, log_likelihood
+from dyncompress.compress.gate_decisions import Curriculum, Gumbel, Progress, Sampled, StraightThrough, log_likelihood
 from dyncompress.compress.gate_losses import Budget, Costs, Drops, GateRun, Hybrid, Rates, reinforce, without_others
 from dyncompress.errors import RequestError
 
@@ -134,7 +134,11 @@ def test_decisions_follow_their_probabilities() -> None:
     p = torch.sigmoid(torch.tensor(0.5))
     for decide, expected in ((Sampled(Progress(1)), p), (Sampled(), 0.8 * p + 0.2 * (1 - p)), (Gumbel(Progress(1)), p)):
         assert abs(float(decide(logit, 0).mean()) - float(expected)) < 3 * 0.5 / 40_000**0.5
-    assert torch.equal(Relaxed()(logit, 0), torch.sigmoid(logit))
+    either = torch.tensor([-0.5, 0.5], requires_grad=True)
+    straight = StraightThrough()(either, 0)
+    straight.sum().backward()
+    assert straight.tolist() == [0.0, 1.0]
+    torch.testing.assert_close(either.grad, torch.full((2,), float(p * (1 - p))))  # the sigmoid's slope
     forced = Sampled(curriculum=Curriculum(Progress(4), gates=2))
     assert forced(torch.full((9,), -9.0), 0).all() and not forced(torch.full((9,), -99.0), 1).all()
     forced.greedy = True

@@ -1,7 +1,7 @@
 """How a gate decides while it learns: its logit l (N,) -> the factor of its branch (N,), differentiable or sampled.
 
     gumbel     1[l + n > 0], n = log u - log(1 - u);  backwards as sigmoid((l + n) / tau)       (Jang et al. 2017)
-    relaxed    sigmoid(l)                                                                  (SkipNet, supervised stage)
+    straight   1[l > 0];  backwards as sigmoid(l)                                          (SkipNet, supervised stage)
     sampled    Bernoulli(sigmoid(l / tau)), no gradient through it                 (SkipNet, BlockDrop: policy gradient)
 
 A softmax over two logits with Gumbel noise is a sigmoid of their difference with logistic noise. At evaluation a gate
@@ -52,11 +52,12 @@ class Gumbel(nn.Module):
         return (noisy > 0).to(soft.dtype) - soft.detach() + soft
 
 
-class Relaxed(nn.Module):
-    """The branch by the probability that it runs."""
+class StraightThrough(nn.Module):
+    """The decisions of evaluation, the gradient of soft ones: what learns with them is not surprised by them later."""
 
     def forward(self, logit: Tensor, k: int) -> Tensor:
-        return torch.sigmoid(logit)
+        soft = torch.sigmoid(logit)
+        return (logit > 0).to(soft.dtype) - soft.detach() + soft
 
 
 @dataclass(frozen=True)

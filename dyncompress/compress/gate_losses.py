@@ -6,7 +6,7 @@ model as teacher:
 
     budget        task + w (ubar - t)^2                                                            gumbel
     rates         task + 2 mean_l (r - mean_n a_nl)^2                              gumbel, ConvNet-AIG with rate r
-    task          relaxed gates                                                          skipnet, supervised
+    task          straight-through gates                                                 skipnet, supervised
     hybrid        task + .01 * policy gradient of  -CE - price * (what later gates cost)                skipnet
     drops         policy gradient of  1 - u^2 where right, else -gamma,  less price * u              blockdrop
 

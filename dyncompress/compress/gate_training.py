@@ -1,7 +1,7 @@
 """The phases that gates are trained in: how they decide, their loss, and what moves.
 
 gumbel       gumbel                      noisy decisions                        all
-skipnet      supervised, then hybrid     relaxed, then drawn                    all
+skipnet      supervised, then hybrid     straight, then drawn                   all
 blockdrop    curriculum, then joint      drawn, at first for the last gates     the gates, then all
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from ..passes.gated import deciding
 from ..passes.gates import GATES_PATH
 from .batches import LabelledData
-from .gate_decisions import Curriculum, Gumbel, Progress, Relaxed, Sampled
+from .gate_decisions import Curriculum, Gumbel, Progress, Sampled, StraightThrough
 from .gate_losses import Budget, Costs, Drops, GateLoss, GateRun, Hybrid, Rates
 from .losses import logits_of
 from .trainer import Epoch, fit, fixed
@@ -57,7 +57,7 @@ def phases_of(kind: str, epochs: int, pretrain: bool) -> list[tuple[str, int]]:
 def make_phase(name: str, done: Progress, goal: Goal) -> Phase:
     """The phase of this name."""
     if name == _SUPERVISED:
-        return Phase(Relaxed(), GateLoss(done, goal.distill))
+        return Phase(StraightThrough(), GateLoss(done, goal.distill))
     if goal.macs is None:
         assert goal.rate is not None
         return Phase(Gumbel(done), Rates(done, goal.distill, goal.rate))

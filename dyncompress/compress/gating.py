@@ -65,7 +65,7 @@ def gate(
         example_inputs: one call's inputs, batch first; None = taken from the data.
         data: an object with `train` and `calibration` sets, or one map-style Dataset of (inputs, int label) from which
             15 % is set aside for calibration.
-        kind: "gumbel" (ConvNet-AIG), "skipnet" (supervised with relaxed gates, then with policy gradients) or
+        kind: "gumbel" (ConvNet-AIG), "skipnet" (supervised, then with policy gradients) or
             "blockdrop" (a policy for all branches, by its curriculum, then jointly with the model).
         gate: a name in `gate_modules`; None: pooled, recurrent and policy for the three kinds.
         macs: the share of the static model's MACs that the mean sample may cost, gates included, in (0, 1).
