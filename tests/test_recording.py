@@ -207,6 +207,7 @@ def layouts(*shape: int) -> list[Tensor]:
 def operator_calls() -> list[tuple[Any, tuple[Any, ...]]]:
     """Calls of the operators with rules that depend on shapes, dtypes and the order in memory."""
     images, ids = layouts(2, 6, 8, 8), torch.empty(2, 5, dtype=torch.int64, device="meta")
+    numbers = torch.empty(2, 3, 8, 8, dtype=torch.int64, device="meta")
     others = [*images, *layouts(2, 6, 1, 1), torch.empty(6, 1, 1, device="meta"), torch.empty(8, 8, device="meta")]
     calls: list[tuple[Any, tuple[Any, ...]]] = []
     for x in images:
@@ -224,6 +225,20 @@ def operator_calls() -> list[tuple[Any, tuple[Any, ...]]]:
         calls += [(aten.scaled_dot_product_attention.default, (x, y, y)) for y in [*images, *layouts(2, 6, 3, 8)]]
         calls += [(aten.linear.default, (x, torch.empty(4, 8, device="meta")))]
         calls += [(aten.add_.Tensor, (torch.empty_like(x), y)) for y in others[:4]]
+        calls += [(aten.min.other, (x, y)) for y in others]
+        calls += [(op, (x,)) for op in (aten.abs.default, aten.neg.default)] + [(aten.cumsum.default, (x, 1))]
+        calls += [(aten.gather.default, (x, 1, at)) for at in (numbers, numbers.transpose(2, 3))]
+        calls += [(aten.where.self, (x > y, x, y)) for y in others] + [(aten.where.ScalarOther, (x > 0, x, 0.0))]
+        calls += [(aten.diff.default, (x, 1, d)) for d in (1, -1)] + [(aten.diff.default, (x, 1, 2, x[:, :, :1]))]
+        calls += [(aten.sub.Tensor, (x[:, :, :1], y)) for y in (1.0, x)]
+        places = [ids], [numbers, ids[:, :1, None, None]], [None, ids], [x > 0]
+        calls += [(aten.index.Tensor, (x, at)) for at in places]
+        calls += [(aten.conv2d.default, (x, torch.empty(4, 3, 3, 3, device="meta"), None, [2], [1], [1], 2))]
+        calls += [(aten.conv1d.default, (x[0], torch.empty(4, 8, 3, device="meta"), None, [2], [1]))]
+    ways = torch.empty(2, 1, 8, device="meta"), torch.empty(6, 1, device="meta")
+    calls += [(op, ways) for op in (aten.sub.Tensor, aten.le.Tensor, aten.min.other)]
+    calls += [(aten.where.self, (ways[0] > 0, ways[1], torch.empty(3, 1, 1, 1, device="meta")))]
+    calls += [(aten.cumsum.default, (t, 1)) for t in (ids, ids > 0)] + [(aten.where.ScalarOther, (ids > 0, ids, 0.5))]
     calls += [(aten.linear.default, (torch.empty(3, 5, 8, device="meta")[:, 0], torch.empty(4, 8, device="meta")))]
     calls += [(op, (ids, 2)) for op in (aten.add.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.eq.Scalar)]
     calls += [(op, (ids, 0.5)) for op in (aten.add.Tensor, aten.mul.Tensor, aten.eq.Scalar)]

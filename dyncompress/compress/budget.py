@@ -7,9 +7,9 @@ from torch import fx
 
 from ..errors import RequestError
 from ..passes.axes import Axes, Axis, infer_axes
-from ..passes.copying import draft_copy
+from ..passes.copying import copy_with
 from ..passes.cost import count_bytes, count_macs, count_parameters
-from ..passes.shrink import shrunk_draft
+from ..passes.shrink import shrink_axes
 from .ranking import BRANCH, Keep, dead_axes
 
 Left = Callable[[Keep], float]  # the share that is left
@@ -45,7 +45,7 @@ class Ghost:
 
     def shrunk(self, keep: Keep) -> fx.GraphModule:
         """The copy with the kept indices of the original's axes, to be counted, not called."""
-        return shrunk_draft(self.axes, {self._twins[atom]: kept for atom, kept in keep.items()})
+        return shrink_axes(self.axes, {self._twins[atom]: kept for atom, kept in keep.items()})
 
 
 def measure(axes: Axes, metric: str, candidates: list[Axis]) -> Left:
@@ -70,4 +70,4 @@ def _ratio(axes: Axes, widths: list[Axis]) -> Left:
 
 def _without_data(gm: fx.GraphModule) -> fx.GraphModule:
     named = [*gm.named_parameters(), *gm.named_buffers()]
-    return draft_copy(gm, {name: torch.empty_like(tensor, device="meta") for name, tensor in named})
+    return copy_with(gm, {name: torch.empty_like(tensor, device="meta") for name, tensor in named})

@@ -9,6 +9,7 @@ Each is an axis of one index to the ranking: keeping none of it removes the bran
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -52,7 +53,6 @@ class _Search:
     def __init__(self, types: Typing) -> None:
         self.gm = types.gm
         self.order = {node: i for i, node in enumerate(self.gm.graph.nodes)}
-        self.macs = node_macs(self.gm)
         self.ancestors: dict[fx.Node, int] = {}  # as bits, the node itself included
         self.tensors: dict[fx.Node, list[tuple[str, Tensor]]] = {}
         self.users_of: dict[int, set[fx.Node]] = {}
@@ -67,6 +67,11 @@ class _Search:
         answer = self.ancestors[self.gm.graph.output_node()]
         self.in_place = {node for node, i in self.order.items() if not answer >> i & 1}  # nobody reads what they return
 
+    @cached_property
+    def macs(self) -> dict[fx.Node, int]:
+        """What a node costs, where two addends must be compared."""
+        return node_macs(self.gm)
+
     def at(self, total: fx.Node, taken: set[str]) -> Branch | None:
         args = bound_args(total)
         first, second = args["self"], args["other"]
@@ -77,8 +82,11 @@ class _Search:
         able = [(region, a, own) for region, a, b, own in owning if self._removable(region, a, b, own)]
         if not able:
             return None
-        region, shortcut, tensors = max(able, key=lambda found: sum(self.macs[n] for n in found[0]))
+        region, shortcut, tensors = able[0] if len(able) == 1 else max(able, key=self._cost)
         return Branch(_name(tensors, total, taken), total, shortcut, tuple(region), tensors)
+
+    def _cost(self, found: tuple[list[fx.Node], fx.Node, tuple[str, ...]]) -> int:
+        return sum(self.macs[n] for n in found[0])
 
     def _region(self, end: fx.Node, shortcut: fx.Node, total: fx.Node) -> list[fx.Node]:
         """`end` and whatever serves nothing else, in graph order; the shortcut and what it comes from stay out."""

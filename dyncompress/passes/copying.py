@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
+from .lift import LazyGraphModule
 from .typing import attribute
 
 M = TypeVar("M", bound=nn.Module)
@@ -23,25 +24,22 @@ def deep_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     return copied
 
 
-def draft_copy(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
-    """A deep copy that holds other tensors, of any shape and device, for the named parameters and buffers.
-
-    Its graph is not yet compiled, since that takes longer than the copy: edit it, count it, or call `recompile()`.
-    """
+def copy_with(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    """A deep copy that holds other tensors, of any shape and device, for the named parameters and buffers."""
     memo: dict[int, Any] = {}
     for name, new in tensors.items():
         old = attribute(gm, name)
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     _copy_layers(gm, memo)
-    draft = fx.GraphModule(nn.Module(), fx.Graph())
-    draft.training, draft.meta = gm.training, copy.deepcopy(gm.meta, memo)
-    draft._parameters.update(copy.deepcopy(gm._parameters, memo))
-    draft._modules.update(copy.deepcopy(gm._modules, memo))
-    draft._buffers.update(copy.deepcopy(gm._buffers, memo))
-    draft._non_persistent_buffers_set |= gm._non_persistent_buffers_set
-    draft._graph = _deepcopy(gm.graph, memo)
-    draft._graph.owning_module = draft
-    return draft
+    copied = LazyGraphModule(nn.Module(), fx.Graph())
+    copied.training, copied.meta = gm.training, copy.deepcopy(gm.meta, memo)
+    copied._parameters.update(copy.deepcopy(gm._parameters, memo))
+    copied._modules.update(copy.deepcopy(gm._modules, memo))
+    copied._buffers.update(copy.deepcopy(gm._buffers, memo))
+    copied._non_persistent_buffers_set |= gm._non_persistent_buffers_set
+    copied._graph = _deepcopy(gm.graph, memo)
+    copied._graph.owning_module = copied
+    return copied
 
 
 def _deepcopy(value: T, memo: dict[int, Any]) -> T:

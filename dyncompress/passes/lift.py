@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule  # compiled when first called or printed
 
 from .standard_modules import MODULE_BUILDERS
 from .typing import attribute
@@ -39,7 +40,7 @@ def lift(graph: fx.Graph, owner: nn.Module, model: nn.Module) -> fx.GraphModule:
     for node in graph.nodes:
         _concrete_meta(node)
     graph.eliminate_dead_code(_is_impure)
-    result = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    result = LazyGraphModule(root, graph, class_name=type(model).__name__)
     for path, module in result.named_modules():  # GraphModule copies tensors without this mark
         module._non_persistent_buffers_set |= root.get_submodule(path)._non_persistent_buffers_set
     result.meta["inputs"] = _input_specs(result.graph)
@@ -57,10 +58,9 @@ def _is_impure(node: fx.Node) -> bool:
 
 def _inline_subgraphs(graph: fx.Graph, owner: nn.Module) -> None:
     """Replaces wrap_with_set_grad_enabled / wrap_with_autocast calls by the body they wrap."""
-    for node in list(graph.nodes):
-        body_at = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(getattr(node.target, "__name__", ""))
-        if node.op != "call_function" or body_at is None:
-            continue
+    bodies = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+    for node in [n for n in graph.nodes if n.op == "call_function" and getattr(n.target, "__name__", "") in bodies]:
+        body_at = bodies[node.target.__name__]
         body = getattr(owner, node.args[body_at].target)
         _inline_subgraphs(body.graph, body)
         env = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[body_at + 1 :], strict=True))
@@ -70,7 +70,6 @@ def _inline_subgraphs(graph: fx.Graph, owner: nn.Module) -> None:
             if isinstance(outer, fx.Node) and outer.op == "get_attr" and inner.op == "get_attr":
                 _copy_attr(body, owner, str(inner.target))
         _replace_with_values(graph, node, result)
-    graph.eliminate_dead_code(_is_impure)
 
 
 def _copy_attr(source: nn.Module, target: nn.Module, name: str) -> None:
@@ -207,9 +206,8 @@ def _build_root(
     persistent = set(model.state_dict(keep_vars=True))
     for path, module in lifted.items():
         _put(root, path, module)
-    graph.eliminate_dead_code(_is_impure)
     for node in graph.find_nodes(op="get_attr"):
-        if "source" not in node.meta:
+        if "source" not in node.meta or not node.users:
             continue
         parent, _, name = str(node.target).rpartition(".")
         holder, tensor = _container(root, parent), tensors[node.meta["source"]]
@@ -285,6 +283,8 @@ def _free_devices(graph: fx.Graph) -> None:
 
 def concrete(value: Any) -> Any:
     """The shape-only stand-in of a traced value: meta tensors, ints for symbolic sizes, None where unknown."""
+    if type(value) is Tensor and value.is_meta:
+        return value
     if isinstance(value, Tensor):
         shape = [concrete(s) for s in value.shape]
         return None if None in shape else torch.empty(shape, dtype=value.dtype, device="meta")

@@ -19,6 +19,12 @@ def _packed(x: Tensor) -> bool:
     return x.untyped_storage().nbytes() == x.numel() * x.element_size()
 
 
+def _ordered(x: Tensor) -> bool:
+    """Later dims are closer together in memory; there may be gaps."""
+    strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    return 0 not in strides and strides == sorted(strides, reverse=True)
+
+
 def _dense(x: Tensor) -> bool:
     return x.is_floating_point() and _packed(x)
 
@@ -52,18 +58,35 @@ def _floating(x: Tensor, y: Any, **__: Any) -> Tensor | None:
 
 
 def _joined(x: Tensor, y: Any, dtype: torch.dtype) -> Tensor | None:
+    if isinstance(y, Tensor):
+        if x.dtype != y.dtype:
+            return None
+        shape = _broadcast(x.shape, y.shape) if _ordered(x) and _ordered(y) else None
+    elif x.dtype is torch.bool or not isinstance(y, int if not x.is_floating_point() else int | float):
+        return None
+    else:
+        shape = list(x.shape) if _ordered(x) else None
+    return _in_order_of_one(x, y, dtype) if shape is None else torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _broadcast(*shapes: Sequence[int]) -> list[int] | None:
+    """The shape that all of them are repeated to."""
+    rank = max(map(len, shapes))
+    sizes = [{1, *dims} - {1} for dims in zip(*([1] * (rank - len(s)) + [*s] for s in shapes), strict=True)]
+    return None if any(len(size) > 1 for size in sizes) else [next(iter(size), 1) for size in sizes]
+
+
+def _in_order_of_one(x: Tensor, y: Any, dtype: torch.dtype) -> Tensor | None:
     """An operand of the result's shape that comes first decides the order in memory; one that comes second, only if the
     first has no other order."""
     wide = x
     if isinstance(y, Tensor):
         wide, narrow = (x, y) if (x.dim(), x.numel()) >= (y.dim(), y.numel()) else (y, x)
         fits = all(m in (1, n) for n, m in zip(reversed(wide.shape), reversed(narrow.shape), strict=False))
-        if not fits or x.dtype != y.dtype or not _packed(narrow):
+        if not fits or not _packed(narrow):
             return None
         if wide is y and sum(n > 1 for n in x.shape) > 1 and not (x.is_contiguous() and y.is_contiguous()):
             return None
-    elif x.dtype is torch.bool or not isinstance(y, int if not x.is_floating_point() else int | float):
-        return None
     return torch.empty_strided(wide.shape, wide.stride(), dtype=dtype, device="meta") if _packed(wide) else None
 
 
@@ -78,7 +101,44 @@ def _arange(end: Any, *, dtype: torch.dtype | None = None, **__: Any) -> Tensor 
 
 
 def _contiguous(x: Tensor, **options: Any) -> Tensor | None:
-    return x if not options and x.is_contiguous() else None
+    if options:
+        return None
+    return x if x.is_contiguous() else _new(x, x.shape)
+
+
+def _like_any(x: Tensor) -> Tensor | None:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if _packed(x) else None
+
+
+def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype or (x.dtype if x.is_floating_point() else torch.int64), device="meta")
+
+
+def _diff(x: Tensor, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Tensor | None:
+    if n != 1 or x.dtype is torch.bool or not all(_ordered(t) for t in (x, prepend, append) if t is not None):
+        return None
+    at = range(x.dim())[dim]
+    longer = sum(t.shape[at] for t in (x, prepend, append) if t is not None)
+    return _new(x, (*x.shape[:at], longer - 1, *x.shape[at + 1 :])) if longer else None
+
+
+def _where(condition: Tensor, x: Tensor, y: Any) -> Tensor | None:
+    tensors = [t for t in (condition, x, y) if isinstance(t, Tensor)]
+    same = x.dtype == y.dtype if isinstance(y, Tensor) else _joined(x, y, x.dtype) is not None
+    shape = _broadcast(*(t.shape for t in tensors)) if same and all(t.is_contiguous() for t in tensors) else None
+    return None if shape is None else _new(x, shape)
+
+
+def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor | None:
+    return _new(x, index.shape) if index.is_contiguous() and x.dim() == index.dim() else None
+
+
+def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor | None:
+    """Whole numbers for the first dims; torch also takes masks, and dims in between."""
+    if any(i is None or i.dtype != torch.int64 or not i.is_contiguous() for i in indices) or not x.is_contiguous():
+        return None
+    shape = _broadcast(*(i.shape for i in indices if i is not None))
+    return None if shape is None else _new(x, (*shape, *x.shape[len(indices) :]))
 
 
 def _mean(x: Tensor, dim: Any, keepdim: bool = False, **__: Any) -> Tensor | None:
@@ -126,15 +186,16 @@ def _linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor | None:
     return _new(x, (*x.shape[:-1], weight.shape[0]))
 
 
-def _conv2d(
+def _conv(
     x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor | None:
-    if x.dim() != 4 or x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups:
+    if x.dim() != weight.dim() or x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups:
         return None
     if not (_dense(x) and x.is_contiguous() and weight.is_contiguous()):
         return None
-    s, p, d = _pair(stride), _pair(padding), _pair(dilation)
-    sides = [(x.shape[i + 2] + 2 * p[i] - d[i] * (weight.shape[i + 2] - 1) - 1) // s[i] + 1 for i in range(2)]
+    n = x.dim() - 2
+    s, p, d = _each(stride, n), _each(padding, n), _each(dilation, n)
+    sides = [(x.shape[i + 2] + 2 * p[i] - d[i] * (weight.shape[i + 2] - 1) - 1) // s[i] + 1 for i in range(n)]
     return _new(x, (x.shape[0], weight.shape[0], *sides)) if min(sides) > 0 else None
 
 
@@ -143,8 +204,8 @@ def _max_pool2d(
 ) -> Tensor | None:
     if ceil_mode or x.dim() != 4 or not x.is_contiguous() or not _dense(x):
         return None
-    k, p, d = _pair(kernel), _pair(padding), _pair(dilation)
-    s = _pair(stride) if stride else k
+    k, p, d = _each(kernel), _each(padding), _each(dilation)
+    s = _each(stride) if stride else k
     sides = [(x.shape[i + 2] + 2 * p[i] - d[i] * (k[i] - 1) - 1) // s[i] + 1 for i in range(2)]
     return _new(x, (*x.shape[:2], *sides)) if min(sides) > 0 and all(2 * p[i] <= k[i] for i in range(2)) else None
 
@@ -157,20 +218,20 @@ def _adaptive_pool2d(x: Tensor, size: Sequence[int]) -> Tensor | None:
     return _new(x, (*x.shape[:2], *size)) if x.dim() == 4 and x.is_contiguous() and _dense(x) else None
 
 
-def _pair(value: Any) -> Sequence[int]:
-    both = [value] if isinstance(value, int) else list(value)
-    return both * 2 if len(both) == 1 else both
+def _each(value: Any, dims: int = 2) -> Sequence[int]:
+    each = [value] if isinstance(value, int) else list(value)
+    return each * dims if len(each) == 1 else each
 
 
 _SAME = (
     "batch_norm", "dropout", "relu", "gelu", "silu", "hardtanh", "hardswish", "relu6", "hardsigmoid", "sigmoid", "tanh",
-    "rsqrt",
+    "rsqrt", "log",
 )  # fmt: skip
 _IN_PLACE = ("relu_", "silu_", "hardtanh_", "hardswish_", "relu6_")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 OUTPUT_SHAPES: dict[Any, Shape] = {
-    aten.conv2d.default: _conv2d,
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default), _conv),
     aten.linear.default: _linear,
     aten.embedding.default: _embedding,
     aten.scaled_dot_product_attention.default: _attention,
@@ -182,7 +243,14 @@ OUTPUT_SHAPES: dict[Any, Shape] = {
     **dict.fromkeys((aten.softmax.int, aten.layer_norm.default, aten.group_norm.default), _in_order),
     **{getattr(aten, name).default: _like for name in _SAME},
     **{getattr(aten, name).default: _itself for name in _IN_PLACE},
-    **dict.fromkeys((aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.__and__.Tensor), _pointwise),
+    **dict.fromkeys((aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor), _pointwise),
+    **dict.fromkeys((aten.__and__.Tensor, aten.min.other), _pointwise),
+    **dict.fromkeys((aten.abs.default, aten.neg.default), _like_any),
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther), _where),
+    aten.cumsum.default: _cumsum,
+    aten.gather.default: _gather,
+    aten.diff.default: _diff,
+    aten.index.Tensor: _index,
     **dict.fromkeys((aten.div.Tensor, aten.pow.Tensor_Scalar), _floating),
     **{getattr(getattr(aten, name), kind): _comparison for name in _COMPARISONS for kind in ("Scalar", "Tensor")},
     **dict.fromkeys((aten.add_.Tensor, aten.mul_.Tensor), _in_place),

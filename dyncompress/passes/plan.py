@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from .axes import Axes, as_keep, infer_axes
-from .copying import draft_copy
+from .copying import copy_with
 from .dims import Dim, kept_indices, new_size, resolve
 from .typing import attribute
 
@@ -72,14 +72,13 @@ class Plan:
 
 def masked_copy(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
     """A deep copy of `gm`, everything that the plan removes set to zero."""
-    masked = draft_copy(gm, {name: scheme.zero(name, attribute(gm, name).detach()) for name in scheme.touched})
-    masked.recompile()
+    masked = copy_with(gm, {name: scheme.zero(name, attribute(gm, name).detach()) for name in scheme.touched})
     return masked
 
 
 def sliced_copy(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
-    """A draft (see `draft_copy`) of `gm` in which each tensor that the plan shrinks is already its slice."""
-    return draft_copy(gm, {name: scheme.slice(name, attribute(gm, name).detach()) for name in scheme.kept})
+    """A copy of `gm` in which each tensor that the plan shrinks is already its slice."""
+    return copy_with(gm, {name: scheme.slice(name, attribute(gm, name).detach()) for name in scheme.kept})
 
 
 def plan(gm: fx.GraphModule, keep: Mapping[str, Tensor | list[int]]) -> Plan:

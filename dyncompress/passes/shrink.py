@@ -37,13 +37,6 @@ def shrink(gm: fx.GraphModule, keep: Keep, *, exact: bool = False) -> fx.GraphMo
 
 def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False) -> fx.GraphModule:
     """`shrink` with axes already inferred and kept indices by atom."""
-    small = shrunk_draft(axes, keep, exact=exact)
-    small.recompile()
-    return small
-
-
-def shrunk_draft(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False) -> fx.GraphModule:
-    """`shrink_axes` without compiling the result: enough to count it."""
     types, scheme = axes.types, plan_axes(axes, keep)
     small = sliced_copy(types.gm, scheme)
     nodes = {node.name: node for node in small.graph.nodes}
@@ -67,7 +60,8 @@ def mask(gm: fx.GraphModule, keep: Keep) -> fx.GraphModule:
 
 def _resized(val: Any, dims: Any, keep: Mapping[Atom, Tensor]) -> Any:
     if isinstance(val, Tensor) and len(dims) == val.dim():
-        return torch.empty([new_size(d, keep) for d in dims], dtype=val.dtype, device="meta")
+        shape = torch.Size([new_size(d, keep) for d in dims])
+        return val if shape == val.shape else torch.empty(shape, dtype=val.dtype, device="meta")
     if isinstance(val, tuple | list) and len(dims) == len(val):
         return type(val)(_resized(v, d, keep) for v, d in zip(val, dims, strict=True))
     return val

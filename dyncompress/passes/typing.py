@@ -45,7 +45,12 @@ def module_rule(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 def op_name(node: fx.Node) -> str:
     """`conv2d` for any overload or in-place variant of aten.conv2d; the plain name for other callables."""
-    name = str(getattr(node.target, "_overloadpacket", getattr(node.target, "__name__", node.target)))
+    return _name_of(node.target)
+
+
+@cache
+def _name_of(target: Any) -> str:
+    name = str(getattr(target, "_overloadpacket", getattr(target, "__name__", target)))
     return name.rpartition(".")[2].rstrip("_") if name.startswith("aten.") else name
 
 
