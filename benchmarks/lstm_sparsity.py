@@ -147,8 +147,8 @@ def main() -> None:
         print(name, json.dumps(rows[name]), flush=True)
     learned = models["learned"].meta["info"]["sparsify"]
     setting = {
-        "vocabulary": len(splits.vocabulary), "hidden": HIDDEN, "dropout": [DROPOUT, SMALL_DROPOUT], "lr": LR, "batch": BATCH,
-        "length": LENGTH, "epochs": {"first": FIRST, "sparsifying": SPARSE, "fine-tuning": FINE}, "seed": asked.seed,
+        "vocabulary": len(splits.vocabulary), "hidden": HIDDEN, "dropout": [DROPOUT, SMALL_DROPOUT], "lr": LR,
+        "batch": BATCH, "length": LENGTH, "epochs": {"first": FIRST, "sparsifying": SPARSE, "fine-tuning": FINE}, "seed": asked.seed,
         "share_of_words": asked.words, "kept_whole": list(WHOLE),
     }  # fmt: skip
     result = {

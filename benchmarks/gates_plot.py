@@ -1,0 +1,57 @@
+"""Draws gates.json as gates.png: accuracy against MACs, and SkipNet's loss with and without its supervised half.
+
+python benchmarks/gates_plot.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).with_name("gates.json")
+CURVES = {
+    "skipnet": "supervised, then policy gradients",
+    "no pretrain": "policy gradients alone",
+    "untrained": "the same from random weights",
+    "untrained no pretrain": "policy gradients alone, from random weights",
+}
+
+
+def main() -> None:
+    """One row of panels for each network."""
+    networks = json.loads(RESULTS.read_text())["networks"]
+    figure = Figure(figsize=(10, 3.8 * len(networks)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(networks), 2, squeeze=False)
+    for (name, rows), (left, right) in zip(networks.items(), panels, strict=True):
+        draw_accuracy(left, name, rows)
+        draw_losses(right, rows)
+    figure.savefig(RESULTS.with_suffix(".png"))
+
+
+def draw_accuracy(axes: Axes, name: str, rows: dict[str, Any]) -> None:
+    """One point a row."""
+    for row in rows.values():
+        axes.plot(row["macs"], 100 * row["accuracy"], "o")
+    for i, (kind, row) in enumerate(sorted(rows.items(), key=lambda item: item[1]["accuracy"])):
+        beside = (-120 if i % 2 else 8, -3)
+        axes.annotate(kind, (row["macs"], 100 * row["accuracy"]), xytext=beside, textcoords="offset points", fontsize=8)
+    axes.set(xlabel="mean MACs, share of the static network's", ylabel="test accuracy (%)", title=name)
+    axes.margins(x=0.3, y=0.1)
+
+
+def draw_losses(axes: Axes, rows: dict[str, Any]) -> None:
+    """One curve a way of training; the supervised half of the epochs has no price on MACs."""
+    for kind, label in CURVES.items():
+        if kind in rows:
+            losses = rows[kind]["loss_by_epoch"]
+            axes.plot(range(1, len(losses) + 1), losses, "o-", label=label)
+    axes.set(xlabel="epoch", ylabel="training loss", title="SkipNet gates")
+    axes.legend(fontsize=8)
+
+
+if __name__ == "__main__":
+    main()
