@@ -123,7 +123,7 @@ class Bench:
         """One network's accuracy, MACs and times."""
         whole = count_macs(self.first())
         if name.startswith("random"):
-            return self.random_row(name, whole)
+            return self.random_row(self.random(name), name, whole)
         model = self.model(name)
         found = dc.evaluate(model, self.whole.test)
         assert found.mean_macs is not None
@@ -151,8 +151,7 @@ class Bench:
         }
 
     @torch.no_grad()
-    def random_row(self, name: str, whole: int) -> dict[str, Any]:
-        run = self.random(name)
+    def random_row(self, run: nn.Module, name: str, whole: int) -> dict[str, Any]:
         right = count = 0
         torch.manual_seed(self.seed)
         for _ in range(DRAWS):

@@ -148,7 +148,8 @@ def main() -> None:
     learned = models["learned"].meta["info"]["sparsify"]
     setting = {
         "vocabulary": len(splits.vocabulary), "hidden": HIDDEN, "dropout": [DROPOUT, SMALL_DROPOUT], "lr": LR,
-        "batch": BATCH, "length": LENGTH, "epochs": {"first": FIRST, "sparsifying": SPARSE, "fine-tuning": FINE}, "seed": asked.seed,
+        "batch": BATCH, "length": LENGTH, "seed": asked.seed,
+        "epochs": {"first": FIRST, "sparsifying": SPARSE, "fine-tuning": FINE},
         "share_of_words": asked.words, "kept_whole": list(WHOLE),
     }  # fmt: skip
     result = {
