@@ -37,20 +37,24 @@ def lift(graph: fx.Graph, owner: nn.Module, model: nn.Module) -> fx.GraphModule:
     root = _build_root(model, graph, lifted, tensors)
     _lift_dropout(graph, model, root)
     _free_devices(graph)
+    _drop_dead(graph)
     for node in graph.nodes:
         _concrete_meta(node)
-    graph.eliminate_dead_code(_is_impure)
     result = LazyGraphModule(root, graph, class_name=type(model).__name__)
-    for path, module in result.named_modules():  # GraphModule copies tensors without this mark
-        module._non_persistent_buffers_set |= root.get_submodule(path)._non_persistent_buffers_set
+    for path, module in root.named_modules():
+        if module._non_persistent_buffers_set:  # GraphModule copies tensors without this mark
+            result.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
     result.meta["inputs"] = _input_specs(result.graph)
     return result.train(model.training)
 
 
-def _is_impure(node: fx.Node) -> bool:
-    """In-place operators count where nobody reads what they return: they may write through a view."""
-    schema = getattr(node.target, "_schema", None)
-    return node.op in {"placeholder", "output"} or (schema is not None and schema.is_mutable)
+def _drop_dead(graph: fx.Graph) -> None:
+    """What nobody reads, but in-place operators: they may write through a view."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in {"placeholder", "output"}:
+            schema = getattr(node.target, "_schema", None)
+            if schema is None or not schema.is_mutable:
+                graph.erase_node(node)
 
 
 # --- 1. helper sub-graphs and assertions -------------------------------------------------------------------------
