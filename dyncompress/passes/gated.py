@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from .blocks import Flow, like
 from .insertion import container
-from .mutation import overwritten
+from .mutation import aliases, is_fresh, overwritten
 
 aten = torch.ops.aten
 Body = Callable[[Sequence[fx.Node], Sequence[fx.Node], Sequence[fx.Node]], fx.GraphModule]
@@ -130,38 +130,53 @@ class GatedBranch(nn.Module):
     """Adds a branch to the samples whose gate is open.
 
     `body` takes what enters the branch and returns a tuple of its result; `per_sample` says which of it have one row
-    per sample. `copied`: what comes out is written to later, so that it may not be the shortcut itself.
-    `macs_per_sample` are those of a sample whose gate is open.
+    per sample. `copied`: what comes out is written to later, so that it may not be the shortcut itself. `spent`: nobody
+    reads the shortcut afterwards; `fresh`: the result's memory is its own. Where no gradient will want their values,
+    sums are then written there. `macs_per_sample` are those of a sample whose gate is open.
     """
 
-    def __init__(self, body: fx.GraphModule, per_sample: Sequence[bool], copied: bool, macs_per_sample: int) -> None:
+    def __init__(
+        self, body: fx.GraphModule, per_sample: Sequence[bool], copied: bool, spent: bool, fresh: bool,
+        macs_per_sample: int,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.body, self.per_sample, self.copied = body, list(per_sample), copied
+        self.spent, self.fresh = spent, fresh
         self.macs_per_sample = macs_per_sample
 
     def forward(self, opened: Tensor, shortcut: Tensor, *entering: Tensor) -> Tensor:
-        """`opened` (N,) bool, the rest (N, ...) where per sample; one read of how many are open per call."""
-        count = int(opened.count_nonzero())
+        """`opened` (N,) bool, the rest (N, ...) where per sample; the decisions are read once per call."""
+        n = opened.shape[0]
+        rows = None if n == 1 else opened.nonzero().flatten()
+        count = int(opened.item()) if rows is None else rows.shape[0]
         if count == 0:
-            return shortcut.clone() if self.copied else shortcut
-        if count == len(opened):
-            return shortcut + self.body.forward(*entering)[0]
-        rows = opened.nonzero().flatten()
+            return shortcut.clone() if self.copied and not self.spent else shortcut
+        in_place = not torch.is_grad_enabled()
+        if rows is None or count == n:
+            added = self.body.forward(*entering)[0]
+            same = self.fresh and in_place and added.dtype == shortcut.dtype
+            return added.add_(shortcut) if same else shortcut + added
         taken = [x.index_select(0, rows) if own else x for x, own in zip(entering, self.per_sample, strict=True)]
-        return shortcut.index_add(0, rows, self.body.forward(*taken)[0].to(shortcut.dtype))
+        added = self.body.forward(*taken)[0].to(shortcut.dtype)
+        if self.spent and in_place:
+            return shortcut.index_add_(0, rows, added)
+        return shortcut.index_add(0, rows, added)
 
 
 class Skipping:
     """Copies a graph node by node, each gated branch as one call of a `GatedBranch`.
 
     Args:
+        gm: the graph.
         gates: whose branches are to be skipped; none: everything is copied as it is.
         body: makes a module of (inputs, nodes, outputs) of the graph.
         macs: of every node.
     """
 
-    def __init__(self, gates: list[Gate], flow: Flow, body: Body, macs: Mapping[fx.Node, int]) -> None:
-        self.gates, self.flow, self._body, self.macs = gates, flow, body, macs
+    def __init__(
+        self, gm: fx.GraphModule, gates: list[Gate], flow: Flow, body: Body, macs: Mapping[fx.Node, int]
+    ) -> None:
+        self._gm, self.gates, self.flow, self._body, self.macs = gm, gates, flow, body, macs
         self._at = {gate.total: gate for gate in gates}
         self._inside = {node for gate in gates for node in (*gate.nodes, *gate.scale)}
 
@@ -182,8 +197,18 @@ class Skipping:
         entering = self.flow.entering(gate.nodes)
         per_sample = [self.flow.per_sample(n) for n in entering]
         body = self._body(entering, gate.nodes, (gate.end,))
-        module = GatedBranch(body, per_sample, overwritten(gate.total), self.branch_macs(gate))
+        args = tuple(fetch(n) for n in (gate.open, gate.shortcut, *entering))
+        spent = args[1].op != "placeholder" and self._spent(gate)
+        fresh = is_fresh(self._gm, gate.end)
+        module = GatedBranch(body, per_sample, overwritten(gate.total), spent, fresh, self.branch_macs(gate))
         name = f"branch_{self.gates.index(gate)}"
         owner.add_module(name, module)
-        args = tuple(fetch(n) for n in (gate.open, gate.shortcut, *entering))
         return like(gate.total, graph.create_node("call_module", name, args, name=gate.total.name))
+
+    def _spent(self, gate: Gate) -> bool:
+        """Whether nothing that is computed after a gated sum reads the memory of its shortcut."""
+        shortcut, order = gate.shortcut, self.flow.order
+        before = self._at.get(shortcut)  # a gated sum too, which may be its own shortcut
+        own = self._spent(before) if before is not None else is_fresh(self._gm, shortcut)
+        viewed = any(arg is shortcut for user in shortcut.users for arg, _ in aliases(user))
+        return own and not viewed and all(order[user] <= order[gate.total] for user in shortcut.users)

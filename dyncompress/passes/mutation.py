@@ -2,7 +2,14 @@
 
 import operator
 
-from torch import fx
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+aten = torch.ops.aten
+_FRESH_CALLS = {aten.add.Tensor, aten.mul.Tensor, aten.relu.default, aten.gelu.default, aten.silu.default}
+_FRESH_LAYERS = (_ConvNd, _BatchNorm, nn.Linear, nn.LayerNorm, nn.GroupNorm)
 
 
 def storage(node: fx.Node) -> fx.Node:
@@ -36,3 +43,10 @@ def overwritten(node: fx.Node) -> bool:
     """Whether an in-place operator writes to `node`, directly or through a view of it."""
     calls = [(user, writes) for user in node.users for arg, writes in aliases(user) if arg is node]
     return any(writes or overwritten(user) for user, writes in calls)
+
+
+def is_fresh(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether what `node` gives is surely memory of its own, of which nobody else knows."""
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), _FRESH_LAYERS)
+    return node.op == "call_function" and node.target in _FRESH_CALLS

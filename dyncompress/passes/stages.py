@@ -124,10 +124,10 @@ def _skipping(gm: fx.GraphModule, whole: fx.GraphModule, flow: Flow) -> Skipping
     """What runs the gated branches of `whole`, which has the nodes of `gm`."""
 
     def body(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:
-        return _piece(gm, Skipping([], flow, body, macs), inputs, nodes, outputs)
+        return _piece(gm, Skipping(whole, [], flow, body, macs), inputs, nodes, outputs)
 
     macs = node_macs(whole)
-    return Skipping(graph_gates(gm, whole.graph), flow, body, macs)
+    return Skipping(whole, graph_gates(gm, whole.graph), flow, body, macs)
 
 
 def _stage(
