@@ -17,6 +17,7 @@ from ..passes.gated import GatedBranch
 from ..passes.modes import evaluating
 from ..passes.stages import Stage, split_stages, without_exits
 from .inputs import CallReader
+from .lean import make_lean
 
 
 class GateCount:
@@ -98,6 +99,8 @@ class Pieces:
             for module in piece.children():
                 if isinstance(module, GatedBranch):
                     vars(module.body)["trunk"] = trunk
+                    make_lean(module.body)
+            make_lean(piece)
             vars(piece)["trunk"] = trunk  # every node asks for it, and a child module is found by a call in Python
         self.branch_macs = [stage.branch_macs for stage in self.stages]
         self.gated = any(self.branch_macs)
