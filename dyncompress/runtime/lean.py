@@ -2,7 +2,8 @@
 
 1. a module is looked up in its parent's dict, where attributes of modules that are modules are a call each;
 2. an operator that torch has a builtin for is that builtin, whose arguments are not matched with a schema in Python;
-3. a gate's layers, which take less time than a call of a module, are calls of functions.
+3. a gate's layers, which take less time than a call of a module, are calls of functions, and a recurrent gate's step
+   is one (`lean_cell`).
 
 Everything is still found anew in each call, so that nothing goes stale.
 """
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..passes.gates import GATES_PATH
+from .lean_cell import use_cells
 
 aten = torch.ops.aten
 _BUILTIN: dict[Any, Callable[..., Any]] = {
@@ -36,6 +38,7 @@ _NO_OPTIONS: tuple[Any, ...] = ()
 
 def make_lean(piece: fx.GraphModule) -> None:
     """Rewrites, in place, how a piece of a trunk is run."""
+    use_cells(piece)
     for node in list(piece.graph.nodes):
         if node.op == "call_function":
             node.target = _BUILTIN.get(node.target, node.target)
@@ -78,11 +81,12 @@ def _attribute(target: str) -> str:
 
 def _in_dicts(target: str, op: str) -> str:
     """How lean code reads it: a module through the dicts of those it is in, a tensor as an attribute of its layer."""
-    *path, last = target.split(".")
-    first = f"self.{path.pop(0)}" if path else "self"
-    return "".join([first, *(f"._modules['{part}']" for part in path)]) + (
-        f"._modules['{last}']" if op == "call_module" else f".{last}"
-    )
+    first, *rest = target.split(".")
+    if not rest:
+        return f"self._modules['{first}'].forward"  # the piece's own: nobody else has put hooks there
+    *path, last = rest
+    end = f"._modules['{last}']" if op == "call_module" else f".{last}"
+    return f"self.{first}" + "".join(f"._modules['{part}']" for part in path) + end
 
 
 def _found_directly(line: str, found: dict[str, str]) -> str:
