@@ -172,8 +172,8 @@ class DynamicModel(nn.Module):
             return Prediction(logits, nobody, macs, pieces.count(0, logits.device))
         with pieces.evaluating:
             if any(on) or pieces.gated:
-                count = pieces.count(n, next(self.trunk.parameters()).device)
-                logits, exit_index = self._run_stages(flat, on, policy, deadline, count)
+                count = pieces.count(n, next(x.device for x in flat if isinstance(x, Tensor)))
+                logits, exit_index = self._run_stages(pieces, flat, on, policy, deadline, count)
                 return Prediction(logits, exit_index, macs, count)
             logits = pieces.static(*args, **kwargs)
         return Prediction(logits, torch.full((n,), len(on), device=logits.device), macs)
@@ -216,11 +216,11 @@ class DynamicModel(nn.Module):
         self._cached = self._pieces().compiled(**{"dynamic": True, **options})
 
     def _run_stages(
-        self, values: Sequence[Any], on: tuple[bool, ...], policy: ExitPolicy, deadline: Deadline | None,
-        count: GateCount | None,
+        self, pieces: Pieces, values: Sequence[Any], on: tuple[bool, ...], policy: ExitPolicy,
+        deadline: Deadline | None, count: GateCount | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Logits (N, C) and exit index (N,); `rows` are the undecided samples' places in the batch, None: all."""
-        pieces, k, done_macs = self._pieces(), 0, 0
+        k, done_macs = 0, 0
         logits = exit_index = torch.empty(0)
         rows: Tensor | None = None
         state: State = ()
