@@ -172,8 +172,8 @@ NAMES = {
     "untrained": ("skipnet", True, False), "untrained no pretrain": ("skipnet", False, False),
 }  # fmt: skip
 ROWS = (
-    "static", "gumbel", "random", "random, learned rates", "shallower", "skipnet", "no pretrain", "blockdrop",
-    "untrained", "untrained no pretrain",
+    "static", "gumbel", "random", "random, learned rates", "skipnet", "untrained", "untrained no pretrain", "blockdrop",
+    "shallower", "no pretrain",
 )  # fmt: skip
 
 
