@@ -11,8 +11,8 @@ A network is trained (`resnet_sparsity.py`), and then, for as many epochs each o
     no pretrain skipnet's policy gradients for all of the epochs, without the supervised half
     untrained, untrained no pretrain
                 the same two from a network with random weights, as published, without a teacher
-    random      trained on while every branch is skipped at random as often as any other, and tested so (mean of three
-                draws)
+    random      trained like gumbel, with the same teacher, but every branch is skipped at random as often as any other,
+                in the test too (mean of three draws)
     random, learned rates
                 the same, but each branch as often as the gumbel gates skip it: what remains of a gate without its input
     shallower   sparsified to the same MACs by group lasso over residual branches, then trained on
@@ -34,14 +34,18 @@ from torch.utils.data import Subset
 
 import dyncompress as dc
 from dyncompress.compress.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.gate_decisions import Progress
+from dyncompress.compress.gate_losses import GateLoss
+from dyncompress.compress.gate_training import Phase, train_gates
 from dyncompress.compress.losses import cross_entropy
-from dyncompress.compress.trainer import fit
+from dyncompress.compress.trainer import count_steps, fit
 from dyncompress.model_zoo import build
 from dyncompress.passes.cost import count_macs
 from dyncompress.passes.gated import deciding
 
 RESULTS = Path(__file__).with_suffix(".json")
 EPOCHS, SHARE, GATE_LR, TRUNK_LR, MORE_LR = 10, 0.5, 5e-3, 0.2, 0.02
+DISTILL = 0.5
 ONE_BRANCH = 0.02  # a network without whole branches may have this much more: three of nine gone are .655
 CALLS = {1: 200, 64: 12}
 DRAWS = 3
@@ -93,7 +97,7 @@ class Bench:
 
         return dc.gate(
             self.first(trained), data=Data(), kind=kind, macs=self.macs, pretrain=pretrain, epochs=EPOCHS, lr=GATE_LR,
-            trunk_lr=TRUNK_LR, distill=0.5 if trained else 0.0, run_dir=run, resume=run.exists(), **self.options,
+            trunk_lr=TRUNK_LR, distill=DISTILL if trained else 0.0, run_dir=run, resume=run.exists(), **self.options,
         )  # fmt: skip
 
     def rates(self, learned: bool) -> list[float]:
@@ -105,9 +109,14 @@ class Bench:
         return [1 - (gumbel.static_macs - self.macs * whole) / skippable] * len(gumbel.branch_macs)
 
     def random(self, name: str) -> fx.GraphModule:
-        run = deciding(dc.InsertGates()(self.first()).gm, Random(self.rates(name != "random")))
-        self.fitted(run, name, self.train, EPOCHS, MORE_LR, lambda out, labels: cross_entropy(out[0][-1], labels))
-        return run.eval()
+        first, run = self.first(), self.folder / name
+        gm = dc.InsertGates()(first).gm
+        done = Progress(count_steps(self.train, EPOCHS, BATCH))
+        phase = Phase(Random(self.rates(name != "random")), GateLoss(done, DISTILL))
+        options = {**self.options, "epochs": EPOCHS, "lr": GATE_LR, "optimizer": torch.optim.AdamW}
+        options |= {"run_dir": run, "resume": run.exists()}
+        train_gates(gm, phase, first, self.train, TRUNK_LR, options)
+        return deciding(gm, phase.decide).eval()
 
     def shallower(self) -> fx.GraphModule:
         run = self.folder / "shallower"
