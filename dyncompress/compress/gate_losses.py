@@ -1,12 +1,11 @@
 """What skip gates are trained on.
 
 With u the share of the model's MACs that a sample costs, T the target, t annealed from 1 to T over the first half of a
-phase, ubar the mean over the batch, and the task's loss CE, or (1 - C) CE + C KL(static || gated) with the static
-model as teacher:
+phase (a phase after one that met T begins there), ubar the mean over the batch, and the task's loss CE, or
+(1 - C) CE + C KL(static || gated) with the static model as teacher:
 
-    budget        task + w (ubar - t)^2                                                            gumbel
+    budget        task + w (ubar - t)^2                                       gumbel; skipnet, supervised
     rates         task + 2 mean_l (r - mean_n a_nl)^2                              gumbel, ConvNet-AIG with rate r
-    task          straight-through gates                                                 skipnet, supervised
     hybrid        task + .01 * policy gradient of  -CE - price * (what later gates cost)                skipnet
     drops         policy gradient of  1 - u^2 where right, else -gamma,  less price * u              blockdrop
 
@@ -100,14 +99,14 @@ class Rates(GateLoss):
 class Budget(GateLoss):
     """All gates together cost a share `macs` of the static model."""
 
-    def __init__(self, progress: Progress, distill: float, costs: Costs, macs: float) -> None:
+    def __init__(self, progress: Progress, distill: float, costs: Costs, macs: float, begin: float = 1.0) -> None:
         super().__init__(progress, distill)
-        self.costs, self.macs = costs, macs
+        self.costs, self.macs, self.begin = costs, macs, begin
 
     @property
     def target(self) -> float:
-        """t: it falls from 1 to the target."""
-        return 1 - (1 - self.macs) * min(1.0, self.progress.share / _ANNEALED)
+        """t: it falls from `begin` to the target."""
+        return self.begin - (self.begin - self.macs) * min(1.0, self.progress.share / _ANNEALED)
 
     def price(self, used: Tensor) -> Tensor:
         return 2 * _PENALTY * (used.mean() - self.target).clamp_min(0).detach()

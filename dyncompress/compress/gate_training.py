@@ -20,7 +20,7 @@ from .losses import logits_of
 from .trainer import Epoch, fit, fixed
 
 GUMBEL, SKIPNET, BLOCKDROP = KINDS = ("gumbel", "skipnet", "blockdrop")
-_SUPERVISED, _HYBRID, _CURRICULUM, _JOINT = "supervised", "hybrid", "curriculum", "joint"
+_SUPERVISED, _HYBRID, _DRAWN, _CURRICULUM, _JOINT = "supervised", "hybrid", "hybrid alone", "curriculum", "joint"
 _TWO = {SKIPNET: (_SUPERVISED, _HYBRID, 0.5), BLOCKDROP: (_CURRICULUM, _JOINT, 0.6)}  # and the first's share of epochs
 
 
@@ -48,7 +48,7 @@ def phases_of(kind: str, epochs: int, pretrain: bool) -> list[tuple[str, int]]:
     if kind == GUMBEL:
         return [(GUMBEL, epochs)]
     if not pretrain:
-        return [(_HYBRID, epochs)]
+        return [(_DRAWN, epochs)]
     first, second, share = _TWO[kind]
     count = min(epochs - 1, max(1, round(share * epochs)))
     return [(first, count), (second, epochs - count)]
@@ -56,16 +56,17 @@ def phases_of(kind: str, epochs: int, pretrain: bool) -> list[tuple[str, int]]:
 
 def make_phase(name: str, done: Progress, goal: Goal) -> Phase:
     """The phase of this name."""
-    if name == _SUPERVISED:
-        return Phase(StraightThrough(), GateLoss(done, goal.distill))
     if goal.macs is None:
         assert goal.rate is not None
         return Phase(Gumbel(done), Rates(done, goal.distill, goal.rate))
     budget = (done, goal.distill, goal.costs, goal.macs)
     if name == GUMBEL:
         return Phase(Gumbel(done), Budget(*budget))
-    if name == _HYBRID:
-        return Phase(Sampled(cooled=done), Hybrid(*budget))
+    if name == _SUPERVISED:
+        return Phase(StraightThrough(), Budget(*budget))
+    if name in (_HYBRID, _DRAWN):
+        begin = goal.macs if name == _HYBRID else 1.0
+        return Phase(Sampled(cooled=done), Hybrid(*budget, begin))
     if name == _CURRICULUM:
         gates = len(goal.costs.branches)
         return Phase(Sampled(curriculum=Curriculum(done, gates)), Drops(*budget, joint=False), moves_model=False)
