@@ -37,7 +37,7 @@ def draw_accuracy(axes: Axes, name: str, rows: dict[str, Any]) -> None:
     for row in rows.values():
         axes.plot(row["macs"], 100 * row["accuracy"], "o")
     for i, (kind, row) in enumerate(sorted(rows.items(), key=lambda item: item[1]["accuracy"])):
-        beside = (-120 if i % 2 else 8, -3)
+        beside = (8, 3 if i % 2 else -9)
         axes.annotate(kind, (row["macs"], 100 * row["accuracy"]), xytext=beside, textcoords="offset points", fontsize=8)
     axes.set(xlabel="mean MACs, share of the static network's", ylabel="test accuracy (%)", title=name)
     axes.margins(x=0.3, y=0.1)
