@@ -44,7 +44,7 @@ def draw_accuracy(axes: Axes, name: str, rows: dict[str, Any]) -> None:
 
 
 def draw_losses(axes: Axes, rows: dict[str, Any]) -> None:
-    """One curve a way of training; the supervised half of the epochs has no price on MACs."""
+    """One curve a way of training; at the sixth epoch the supervised half is over, and gates are drawn."""
     for kind, label in CURVES.items():
         if kind in rows:
             losses = rows[kind]["loss_by_epoch"]

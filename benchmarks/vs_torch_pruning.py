@@ -162,9 +162,9 @@ def measure(name: str, side: str, stage: Any) -> dict[str, Any]:
     return {"ok": True, "seconds": round(total, 4), "parts": parts, "code_s": code_s, "parameters_left": round(left, 4)}
 
 
-def _seconds_of(call: Callable[[], Any]) -> float:
+def _seconds_of(job: Callable[[], Any]) -> float:
     begin = time.process_time()
-    call()
+    job()
     return time.process_time() - begin
 
 

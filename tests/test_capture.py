@@ -3,6 +3,8 @@
 import copy
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -243,3 +245,23 @@ def test_import_is_quick_and_takes_no_optional_framework() -> None:
     code = f"import dyncompress, sys; print([m for m in {optional} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_threads_may_call_a_captured_model_first() -> None:
+    """Its code is written at the first call, whoever makes it."""
+    model, x = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(60)]).eval(), torch.randn(2, 4)
+    wanted, before = model(x), sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        for _ in range(10):
+            gm, start = dc.capture(model, x), threading.Barrier(4)
+
+            def first_call(gm: torch.fx.GraphModule = gm, start: threading.Barrier = start) -> Tensor:
+                start.wait()
+                return gm(x)
+
+            with ThreadPoolExecutor(4) as pool:
+                for answer in [pool.submit(first_call) for _ in range(4)]:
+                    torch.testing.assert_close(answer.result(), wanted)
+    finally:
+        sys.setswitchinterval(before)

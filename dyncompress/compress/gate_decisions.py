@@ -49,15 +49,19 @@ class Gumbel(nn.Module):
         uniform = torch.rand_like(logit, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
         noisy = logit + torch.logit(uniform)
         soft = torch.sigmoid(noisy / self.progress.gumbel_temperature)
-        return (noisy > 0).to(soft.dtype) - soft.detach() + soft
+        return _decided(noisy, soft)
 
 
 class StraightThrough(nn.Module):
     """The decisions of evaluation, the gradient of soft ones: what learns with them is not surprised by them later."""
 
     def forward(self, logit: Tensor, k: int) -> Tensor:
-        soft = torch.sigmoid(logit)
-        return (logit > 0).to(soft.dtype) - soft.detach() + soft
+        return _decided(logit, torch.sigmoid(logit))
+
+
+def _decided(logit: Tensor, soft: Tensor) -> Tensor:
+    """1[logit > 0] with the gradient of `soft`."""
+    return (logit > 0).to(soft.dtype) - soft.detach() + soft
 
 
 @dataclass(frozen=True)

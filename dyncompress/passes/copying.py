@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from .lift import LazyGraphModule
+from .lazy import LazyGraphModule
 from .typing import attribute
 
 M = TypeVar("M", bound=nn.Module)

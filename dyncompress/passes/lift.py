@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule  # compiled when first called or printed
 
+from .lazy import LazyGraphModule
 from .standard_modules import MODULE_BUILDERS
 from .typing import attribute
 
@@ -31,6 +31,7 @@ def lift(graph: fx.Graph, owner: nn.Module, model: nn.Module) -> fx.GraphModule:
     """The captured `graph` of `model`, whose tensors are found in `owner`, as a GraphModule of standard modules."""
     _inline_subgraphs(graph, owner)
     _drop_assertions(graph)
+    _drop_dead(graph)
     tensors = _copied_tensors(graph, owner, model)
     graph.owning_module = None  # from here on its modules are those of the new root
     lifted = _match_modules(graph, model, tensors)
@@ -49,7 +50,10 @@ def lift(graph: fx.Graph, owner: nn.Module, model: nn.Module) -> fx.GraphModule:
 
 
 def _drop_dead(graph: fx.Graph) -> None:
-    """What nobody reads, but in-place operators: they may write through a view."""
+    """What nobody reads, but in-place operators: they may write through a view.
+
+    `Graph.eliminate_dead_code` checks the whole graph first, which takes several times as long.
+    """
     for node in reversed(graph.nodes):
         if not node.users and node.op not in {"placeholder", "output"}:
             schema = getattr(node.target, "_schema", None)

@@ -72,8 +72,7 @@ class Plan:
 
 def masked_copy(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
     """A deep copy of `gm`, everything that the plan removes set to zero."""
-    masked = copy_with(gm, {name: scheme.zero(name, attribute(gm, name).detach()) for name in scheme.touched})
-    return masked
+    return copy_with(gm, {name: scheme.zero(name, attribute(gm, name).detach()) for name in scheme.touched})
 
 
 def sliced_copy(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:

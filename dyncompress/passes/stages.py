@@ -16,6 +16,7 @@ from .cost import node_macs
 from .exits import plain_outputs
 from .gated import Skipping, graph_gates
 from .insertion import Exit, all_logits, exit_nodes, graph_exits
+from .lazy import LazyGraphModule
 from .typing import type_graph
 
 
@@ -201,7 +202,7 @@ def _copy_into(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -
 
 def _body(trunk: fx.GraphModule, graph: fx.Graph, branches: nn.Module | None = None) -> fx.GraphModule:
     """A module that runs `graph` on the modules and parameters of `trunk`, and on `branches` of its own."""
-    body = fx.GraphModule(nn.Module(), fx.Graph())
+    body = LazyGraphModule(nn.Module(), fx.Graph())
     body.add_module("trunk", trunk)
     for name, branch in branches.named_children() if branches is not None else ():
         body.add_module(name, branch)

@@ -33,9 +33,6 @@ _BUILTIN: dict[Any, Callable[..., Any]] = {
 }
 
 
-_NO_OPTIONS: tuple[Any, ...] = ()
-
-
 def make_lean(piece: fx.GraphModule) -> None:
     """Rewrites, in place, how a piece of a trunk is run."""
     use_cells(piece)
@@ -43,7 +40,7 @@ def make_lean(piece: fx.GraphModule) -> None:
         if node.op == "call_function":
             node.target = _BUILTIN.get(node.target, node.target)
         elif node.op == "call_module" and str(node.target).startswith(f"trunk.{GATES_PATH}"):
-            _try_function(piece, node)
+            _call_a_function(piece, node)
     found = {}
     for node in piece.graph.nodes:
         if node.op in ("call_module", "get_attr"):
@@ -52,15 +49,17 @@ def make_lean(piece: fx.GraphModule) -> None:
     piece.recompile()
 
 
-def _try_function(piece: fx.GraphModule, node: fx.Node) -> bool:
-    """Makes the call of a linear layer or a convolution a function's; whether it did."""
+def _call_a_function(piece: fx.GraphModule, node: fx.Node) -> None:
+    """Makes the call of a linear layer or a convolution a function's; of another layer it stays as it is."""
     layer = piece.get_submodule(str(node.target))
+    function: Callable[..., Any]
+    options: tuple[Any, ...]
     if type(layer) is nn.Linear:
-        function, options = F.linear, _NO_OPTIONS
+        function, options = F.linear, ()
     elif type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
         function, options = F.conv2d, (layer.stride, layer.padding, layer.dilation, layer.groups)
     else:
-        return False
+        return
     with piece.graph.inserting_before(node):
         weight = piece.graph.get_attr(f"{node.target}.weight")
         bias = None if layer.bias is None else piece.graph.get_attr(f"{node.target}.bias")
@@ -68,7 +67,6 @@ def _try_function(piece: fx.GraphModule, node: fx.Node) -> bool:
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     piece.graph.erase_node(node)
-    return True
 
 
 def _attribute(target: str) -> str:

@@ -26,7 +26,6 @@ _I, _F, _G, _O = ((operator.getitem, _PARTS, k) for k in range(4))
 _CELL = (_ADD, (_MUL, (_SIGMOID, _I), (_TANH, _G)), (_MUL, (_SIGMOID, _F), _BEFORE_CELL))
 _HIDDEN = (_MUL, (_SIGMOID, _O), (_TANH, _CELL))
 _STATE = (aten.cat.default, [_HIDDEN, _CELL, ("out", _HIDDEN)], 1)
-_WRITTEN_WITH = {_SLICE, _ADD, _MUL, _SIGMOID, _TANH, aten.chunk.default, operator.getitem, aten.cat.default}
 
 
 def use_cells(piece: fx.GraphModule) -> None:
@@ -36,7 +35,8 @@ def use_cells(piece: fx.GraphModule) -> None:
         found: dict[str, Any] = {}
         if _fits(_STATE, node, found) and found["end"] == 2 * found["width"]:
             cells.replace(node, found)
-    _erase_unused(piece.graph)
+    if cells.written:
+        piece.graph.eliminate_dead_code()  # what the steps were written with
 
 
 def _fits(pattern: Any, value: Any, found: dict[str, Any]) -> bool:
@@ -66,7 +66,7 @@ class _Cells:
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
         self._weights: list[fx.Node] = []
-        self._states: dict[fx.Node, list[fx.Node]] = {}  # hidden and cell
+        self.written: dict[fx.Node, list[fx.Node]] = {}  # hidden and cell of the states replaced
 
     def replace(self, state: fx.Node, found: dict[str, Any]) -> None:
         """Lets a cell compute `state`."""
@@ -77,7 +77,7 @@ class _Cells:
                 self._weights = [graph.get_attr(f"{found[layer].target}.{name}") for layer, name in named]
                 self._weights.append(graph.call_function(torch.zeros_like, (self._weights[-1],)))  # CUDA wants both
             both = graph.call_function(torch.lstm_cell, (found["x"], self._before(found), *self._weights))
-            hidden, cell = self._states[state] = [graph.call_function(operator.getitem, (both, k)) for k in range(2)]
+            hidden, cell = self.written[state] = [graph.call_function(operator.getitem, (both, k)) for k in range(2)]
             out = graph.call_module(str(found["out"].target), (hidden,))
             logit = graph.call_function(aten.squeeze.dim, (out, 1))
         state.args = ([hidden, cell, out], 1)
@@ -87,14 +87,7 @@ class _Cells:
                 graph.erase_node(reader)
 
     def _before(self, found: dict[str, Any]) -> list[fx.Node]:
-        if found["before"] in self._states:
-            return self._states[found["before"]]
+        if found["before"] in self.written:
+            return self.written[found["before"]]
         ends = ((0, found["width"]), (found["width"], found["end"]))
         return [self._graph.call_function(_SLICE, (found["before"], 1, *end)) for end in ends]
-
-
-def _erase_unused(graph: fx.Graph) -> None:
-    """What steps were written with, and is not read any more."""
-    for node in reversed(graph.nodes):
-        if not node.users and (node.target in _WRITTEN_WITH or str(node.target).startswith(f"trunk.{GATES_PATH}")):
-            graph.erase_node(node)
