@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import dyncompress as dc
 from dyncompress.compress import latency as lat
+from dyncompress.compress.budget import measure
 from dyncompress.compress.importance import l2_scores
 from dyncompress.compress.latency import Latency, Table, default_cache, signature
 from dyncompress.compress.latency_choice import choose_by_latency
@@ -121,6 +122,23 @@ def test_sizes_rise_to_the_hardwares_step(gm: fx.GraphModule, cache: Path, monke
     counts = [len(found.keep[axis.atom]) if axis.atom in found.keep else axis.size for axis in axes.prunable]
     assert all(count % 32 == 0 for count in counts) and min(counts) < 128
     assert found.predicted <= 0.5
+
+
+def test_without_a_scope_the_better_one_is_taken(
+    gm: fx.GraphModule, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Latency, "by_node", lambda self, keep: {"all": 1.0})
+    axes = infer_axes(gm)
+    clock, macs = Latency(axes), measure(axes, "macs", [])
+    monkeypatch.setattr(clock, "left", macs)
+    monkeypatch.setattr(clock, "measured_left", lambda small: 0.5)  # whatever goes
+    scores = {axis.name: torch.rand(axis.size) ** number for number, axis in enumerate(axes.prunable)}
+    left = {
+        scope: macs(choose_by_latency(axes, scores, 0.5, Limits(), clock, scope=scope, comparable=True).keep)
+        for scope in (None, "global", "axis")
+    }
+    assert left["global"] != left["axis"]
+    assert left[None] == max(left["global"], left["axis"])
 
 
 def test_a_wrong_prediction_is_corrected(gm: fx.GraphModule, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

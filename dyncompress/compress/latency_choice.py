@@ -3,11 +3,12 @@
 1. The ranking is cut where the predicted share meets the target.
 2. Hardware works in steps: each kept size rises to the largest one that its calls do not take longer for.
 3. The shrunk model is measured; where it is off by more than 5 %, the target is corrected and all starts again.
-4. Where branches may go, they do so more or less eagerly; of what takes the same time, most multiply-adds stay.
+4. There are several rankings: all axes compete, and where branches may go they do so more or less eagerly; or every
+   axis loses the same share and no branch goes. The one that keeps the most multiply-adds per millisecond is taken.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -49,30 +50,43 @@ def choose_by_latency(
     limits: Limits,
     latency: Latency,
     *,
-    scope: str = "global",
+    scope: str | None = None,
     comparable: bool = False,
     whole: Mapping[str, int] | None = None,
     exact: bool = False,
 ) -> LatencyChoice:
-    """The choice whose measured latency comes closest to `target`, a share of the full model's; see `search.choose`.
+    """A choice whose measured latency is near `target`, a share of the full model's; see `search.choose`.
+
+    Args:
+        scope: None = both "global" and "axis" are tried.
 
     Raises:
         RequestError: the target is out of reach.
     """
     macs = measure(axes, "macs", [])
-    options: dict[str, Any] = {"scope": scope, "comparable": comparable, "whole": whole}
+    options: dict[str, Any] = {"comparable": comparable, "whole": whole}
     found, failed = list[LatencyChoice](), None
-    for eager in _EAGER if any(axis.kind == BRANCH for axis in limits.candidates(axes)) else (0.0,):
-        ranking = Ranking(axes, scores, limits, saved_by(axes, macs), eager=eager, **options)
+    for tried, within, eager in _ways(axes, limits, scope):
         try:
+            ranking = Ranking(axes, scores, within, saved_by(axes, macs), scope=tried, eager=eager, **options)
             found.append(_closest(ranking, target, latency, exact))
         except RequestError as error:
-            failed = error
+            failed = failed or error
     if not found:
         assert failed is not None
         raise failed
     near = [choice for choice in found if choice.misses(target) <= _ERROR]
-    return max(near, key=lambda c: macs(c.keep)) if near else min(found, key=lambda c: c.misses(target))
+    best = max(near, key=lambda c: macs(c.keep) / c.measured, default=None)
+    return best or min(found, key=lambda c: c.misses(target))
+
+
+def _ways(axes: Axes, limits: Limits, scope: str | None) -> Iterator[tuple[str, Limits, float]]:
+    """Scopes, limits and eagerness of the rankings to try."""
+    has_branches = any(axis.kind == BRANCH for axis in limits.candidates(axes))
+    for eager in _EAGER if has_branches else (0.0,):
+        yield scope or "global", limits, eager
+    if scope is None:
+        yield "axis", replace(limits, depth=False), 0.0
 
 
 def _closest(ranking: Ranking, target: float, latency: Latency, exact: bool) -> LatencyChoice:

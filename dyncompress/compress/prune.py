@@ -79,7 +79,7 @@ def prune(
             (`compress.importance`).
         data: map-style, of (inputs, int label); needed by taylor, hessian, activation and for training.
         scope: "global": all groups compete; "axis" or "block": every axis, or every block, loses the same share.
-            None: "axis", and "global" where `latency` or `depth` must tell what to cut more of.
+            None: "axis"; "global" with `depth`; with `latency` both are tried.
         floor, ceiling: least and largest share of each axis that stays.
         round_to: kept counts are multiples of this; None = 1, and with `latency` 8 or 16 where an axis is wide.
         ignore: module or parameter names whose axes stay whole.
@@ -99,7 +99,7 @@ def prune(
     metric, target = one_target({"ratio": ratio, "macs": macs, "params": params, "bytes": bytes, "latency": latency})
     step_size = 1 if round_to is None and metric != "latency" else round_to
     limits = Limits(floor, step_size, tuple(ignore), ceiling, depth)
-    scope = scope or default_scope(metric, depth)
+    scope = scope or (None if metric == "latency" else default_scope(depth))
     _check(importance, scope, steps, finetune, seed, data)
     gm = model if isinstance(model, fx.GraphModule) and "inputs" in model.meta else _captured(model, example_inputs)
     context = Context(data, seed=seed, progress=progress)
@@ -111,9 +111,10 @@ def prune(
     return _in_steps(job, gm, _schedule(target, steps), finetune, training, store)
 
 
-def _check(importance: str, scope: str, steps: int, finetune: int, seed: int, data: LabelledData | None) -> None:
+def _check(importance: str, scope: str | None, steps: int, finetune: int, seed: int, data: LabelledData | None) -> None:
     check_importance(importance)
-    check_scope(scope)
+    if scope is not None:
+        check_scope(scope)
     if steps < 1:
         raise RequestError(f"steps is the number of cuts, at least 1; got {steps}")
     if finetune < 0:
@@ -176,7 +177,7 @@ class _Job:
 
     metric: str
     importance: str
-    scope: str
+    scope: str | None
     limits: Limits
     exact: bool
     latency_batch: int

@@ -195,9 +195,9 @@ class Ranking:
         return keep
 
 
-def default_scope(metric: str, depth: bool) -> str:
-    """Equal shares (after fine-tuning more accurate), unless latency or depth is to choose what to cut more of."""
-    return "global" if depth or metric == "latency" else "axis"
+def default_scope(depth: bool) -> str:
+    """Equal shares (after fine-tuning more accurate), unless branches compete with channels."""
+    return "global" if depth else "axis"
 
 
 def check_scope(scope: str) -> None:

@@ -67,7 +67,7 @@ def prune_checkpoint(
         RequestError, DynCompressError: as `prune` and `shrink_checkpoint`; weights that are not finite.
     """
     metric, target = one_target({"ratio": ratio, "macs": macs, "params": params, "bytes": bytes})
-    scope, stored, folder = scope or default_scope(metric, depth), Source(Path(source)), Path(out)
+    scope, stored, folder = scope or default_scope(depth), Source(Path(source)), Path(out)
     axes, limits = infer_axes(gm), Limits(floor, round_to or 1, tuple(ignore), ceiling, depth)
     request = {
         metric: target, "scope": scope, "floor": floor, "ceiling": ceiling, "round_to": round_to,
