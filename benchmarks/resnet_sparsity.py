@@ -12,6 +12,7 @@ A network is trained, and then, for as many epochs each, with the same batches, 
     group norm  Torch-Pruning's GroupNormPruner, with the settings of its own benchmark (reg 5e-4, global, normaliser
                 "max") while the others sparsify, then pruned to the MACs of "channels", then trained on
 
+and "channels", "layers" and "group norm" once more, half of whose loss compares with the network given ("distilled").
 Accuracy on the test images in float32; training is in bfloat16 where the processor has it. What is measured is not
 measured again.
 """
@@ -33,14 +34,14 @@ from torch import fx, nn
 from vs_torch_pruning import header
 
 import dyncompress as dc
-from dyncompress.compress.losses import cross_entropy
+from dyncompress.compress.losses import Distilled, cross_entropy
 from dyncompress.compress.trainer import fit
 from dyncompress.model_zoo import build
 from dyncompress.passes.kinds import BRANCH
 
 RESULTS = Path(__file__).with_suffix(".json")
 SPARSE, FINE, MORE_LR = 3, 2, 0.05
-CHANNELS, LAYERS, REG = 0.5, 0.8, 5e-4
+CHANNELS, LAYERS, REG, DISTILL = 0.5, 0.8, 5e-4, 0.5
 
 
 class Bench:
@@ -52,11 +53,14 @@ class Bench:
         self.options: dict[str, Any] = {"batch_size": BATCH, "seed": seed, "mixed_precision": AMP, "progress": True}
         self.example = self.data.train[0][0][None]
 
-    def train(self, model: nn.Module, name: str, epochs: int, lr: float, optimizer: Any = SGD) -> nn.Module:
+    def train(
+        self, model: nn.Module, name: str, epochs: int, lr: float, optimizer: Any = SGD, distill: float = 0.0
+    ) -> nn.Module:
         """`model`, trained."""
         run = self.folder / name
+        loss, teacher = (Distilled(cross_entropy, distill), self.first()) if distill else (cross_entropy, None)
         fit(
-            model, cross_entropy, self.data.train, epochs=epochs, lr=lr, optimizer=optimizer, run_dir=run,
+            model, loss, self.data.train, epochs=epochs, lr=lr, optimizer=optimizer, teacher=teacher, run_dir=run,
             resume=run.exists(), **self.options,
         )  # fmt: skip
         return model.eval()
@@ -69,20 +73,20 @@ class Bench:
     def dense(self) -> nn.Module:
         return self.train(self.first(), "dense", SPARSE + FINE, MORE_LR)
 
-    def channels(self) -> nn.Module:
-        return self.learned("channels", CHANNELS, "axes")
+    def channels(self, distill: float = 0.0) -> nn.Module:
+        return self.learned("channels", CHANNELS, "axes", distill)
 
-    def layers(self) -> nn.Module:
-        return self.learned("layers", LAYERS, "layers")
+    def layers(self, distill: float = 0.0) -> nn.Module:
+        return self.learned("layers", LAYERS, "layers", distill)
 
-    def learned(self, name: str, macs: float, kind: str) -> fx.GraphModule:
-        run = self.folder / name
+    def learned(self, name: str, macs: float, kind: str, distill: float) -> fx.GraphModule:
+        run = self.folder / f"{name}{'-distilled' if distill else ''}"
         return dc.sparsify(
             self.first(), self.data.train, macs=macs, kinds=(kind,), epochs=SPARSE, finetune=FINE, shrink_every=1,
-            lr=MORE_LR, optimizer=SGD, run_dir=run, resume=run.exists(), **self.options,
+            lr=MORE_LR, optimizer=SGD, distill=distill, run_dir=run, resume=run.exists(), **self.options,
         )  # fmt: skip
 
-    def group_norm(self, macs: int) -> nn.Module:
+    def group_norm(self, macs: int, distill: float = 0.0) -> nn.Module:
         """Torch-Pruning's: its gradient of the group norms is added before every step of the optimiser."""
         import torch_pruning as tp
 
@@ -103,14 +107,16 @@ class Bench:
             optimizer.register_step_pre_hook(lambda *_: sparse.regularize(model))
             return optimizer
 
-        self.train(model, "group-norm-sparse", SPARSE, MORE_LR, regularised)
+        end = "-distilled" if distill else ""
+        self.train(model, f"group-norm-sparse{end}", SPARSE, MORE_LR, regularised, distill)
 
         def pruned(ratio: float) -> nn.Module:
             small = copy.deepcopy(model)
             pruner(small, ratio).step()
             return small
 
-        return self.train(largest_within(macs, self.example, pruned), "group-norm", FINE, MORE_LR)
+        small = largest_within(macs, self.example, pruned)
+        return self.train(small, f"group-norm{end}", FINE, MORE_LR, distill=distill)
 
 
 def measure(bench: Bench, rows: dict[str, Any], save: Callable[[], None]) -> None:
@@ -121,6 +127,9 @@ def measure(bench: Bench, rows: dict[str, Any], save: Callable[[], None]) -> Non
         "channels": bench.channels,
         "group norm": lambda: bench.group_norm(round(rows["channels"]["macs"] * whole)),
         "layers": bench.layers,
+        "channels, distilled": lambda: bench.channels(DISTILL),
+        "group norm, distilled": lambda: bench.group_norm(round(rows["channels, distilled"]["macs"] * whole), DISTILL),
+        "layers, distilled": lambda: bench.layers(DISTILL),
     }
     missing = [name for name in makers if name not in rows]
     whole = macs_of(bench.first(), bench.example) if missing else 0

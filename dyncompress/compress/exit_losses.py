@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import RequestError
-from .losses import IGNORED
+from .losses import IGNORED, softened_kl
 
 UNLABELLED = -1
 
@@ -177,9 +177,3 @@ class Teachers(ExitLoss):
             kl = softened_kl(teacher, logits[k], self.temperature)
             total = total + (1 - self.share) * ce[k] + self.share * kl + ce[exits + 1 + k]
         return total.mean()
-
-
-def softened_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of every row, the teacher detached: (N,)."""
-    log_t = F.log_softmax(teacher.detach() / temperature, -1)
-    return temperature**2 * (log_t.exp() * (log_t - F.log_softmax(student / temperature, -1))).sum(-1)

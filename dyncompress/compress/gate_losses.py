@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .exit_losses import ExitLoss, cross_entropies, softened_kl
+from .exit_losses import ExitLoss, cross_entropies
 from .gate_decisions import Progress, log_likelihood
+from .losses import softened_kl
 
 _PENALTY = 10.0  # w
 _RATE_PENALTY = 2.0

@@ -27,6 +27,7 @@ from .gate_decisions import Progress
 from .gate_losses import Costs
 from .gate_report import gate_report, meet_budget
 from .gate_training import BLOCKDROP, GUMBEL, KINDS, SKIPNET, Goal, make_phase, phases_of, train_gates
+from .losses import check_share
 from .trainer import Epoch, Optimizer, count_steps, training_device
 
 _USUAL_GATE = {GUMBEL: POOLED, SKIPNET: RECURRENT, BLOCKDROP: POLICY}
@@ -127,8 +128,7 @@ def _check(
     for name, share in {"macs": macs, "rate": rate}.items():
         if share is not None and not 0 < share < 1:
             raise RequestError(f"{name}={share:g}: give a share between 0 and 1")
-    if not 0 <= distill <= 1:
-        raise RequestError(f"distill={distill:g}: give a share from 0 to 1")
+    check_share(distill)
     if not trunk_lr > 0:
         raise RequestError(f"trunk_lr={trunk_lr:g}: give a positive share of lr")
     if not pretrain and kind != SKIPNET:

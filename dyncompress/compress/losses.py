@@ -1,6 +1,8 @@
-"""The classification loss, per sample or per position, with outputs and labels checked in the user's words."""
+"""The classification loss, per sample or per position, with outputs and labels checked in the user's words; the same
+with a teacher."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +28,47 @@ def cross_entropy(output: Any, labels: Tensor) -> Tensor:
     if bool((labels == IGNORED).all()):
         raise RequestError(f"every label of a batch is {IGNORED}, which counts for nothing: leave such samples out")
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A loss with a teacher's answers beside the labels (Hinton, Vinyals, Dean, arXiv 1503.02531), of a pair (the
+    model's output, the teacher's):
+
+        (1 - share) loss + share * mean T^2 KL(softmax(z_teacher / T) || softmax(z / T))
+
+    over all samples, or positions, whose label is not -100.
+
+    Raises:
+        RequestError: the share is not within 0..1.
+    """
+
+    loss_fn: Callable[[Any, Tensor], Tensor]
+    share: float
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+
+    def __call__(self, output: tuple[Any, Any], labels: Tensor) -> Tensor:
+        own, taught = output
+        z, z_teacher = logits_of(own), logits_of(taught)
+        kl = softened_kl(z_teacher.to(z.dtype), z, self.temperature)
+        if labels.shape == kl.shape:
+            kl = kl[labels != IGNORED]
+        return (1 - self.share) * self.loss_fn(own, labels) + self.share * kl.mean()
+
+
+def check_share(distill: float) -> None:
+    """Raises RequestError unless a teacher's share of the loss is one."""
+    if not 0 <= distill <= 1:
+        raise RequestError(f"distill={distill:g}: give a share from 0 to 1")
+
+
+def softened_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of every row, the teacher detached: (N,)."""
+    log_t = F.log_softmax(teacher.detach() / temperature, -1)
+    return temperature**2 * (log_t.exp() * (log_t - F.log_softmax(student / temperature, -1))).sum(-1)
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:

@@ -17,7 +17,7 @@ from ..passes.copying import deep_copy
 from .batches import LabelledData, device_of_model, examples_of
 from .budget import one_target
 from .groups import AXES, LAYERS
-from .losses import cross_entropy
+from .losses import Distilled, cross_entropy
 from .ranking import Limits
 from .recalibrate import recalibrate_batchnorm
 from .sparsifier import Request, Sparsifier
@@ -42,6 +42,7 @@ def sparsify(
     ignore: Sequence[str] = (),
     ema: float | None = None,
     grow_batch: bool = False,
+    distill: float = 0.0,
     loss_fn: LossFunction = cross_entropy,
     optimizer: Optimizer = torch.optim.AdamW,
     lr: float = 1e-3,
@@ -78,6 +79,7 @@ def sparsify(
         grow_batch: after every surgery, the batch becomes the largest, in quarters of batch_size, of which a step keeps
             no more for its backward pass than batch_size samples took in the whole model; the learning rate is scaled
             by the same factor, and the average's decay is raised to its power.
+        distill: the share of the loss that compares with the answers of the model as it came, 0..1 (`Distilled`).
         loss_fn: (the model's output, labels) -> scalar.
         optimizer: makes one of parameters and lr, such as `partial(torch.optim.SGD, momentum=0.9)`.
         lr, batch_size, mixed_precision, device, run_dir, resume: see `trainer.fit`; an interrupted run resumes to the
@@ -93,14 +95,17 @@ def sparsify(
     limits = Limits(floor, ignore=tuple(ignore), depth=LAYERS in kinds)
     request = Request(
         metric=metric, target=target, strength=strength, penalty_ratio=penalty_ratio, epochs=epochs, finetune=finetune,
-        shrink_every=shrink_every, kinds=tuple(kinds), limits=limits, ema=ema, grow_batch=grow_batch,
+        shrink_every=shrink_every, kinds=tuple(kinds), limits=limits, ema=ema, grow_batch=grow_batch, distill=distill,
     )  # fmt: skip
     whole = isinstance(model, fx.GraphModule) and "inputs" in model.meta
     gm: Any = deep_copy(model) if whole else capture(model, examples_of(data))
-    work = Sparsifier(gm, request, loss_fn, data)
+    teacher = deep_copy(gm) if distill else None
+    work = Sparsifier(gm, request, Distilled(loss_fn, distill) if distill else loss_fn, data)
     options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "optimizer": optimizer}
     options |= {"mixed_precision": mixed_precision, "device": device, "run_dir": run_dir, "resume": resume}
-    history = fit(gm, work.loss, data, epochs=epochs + finetune, surgeon=work, progress=progress, **options)
+    history = fit(
+        gm, work.loss, data, epochs=epochs + finetune, surgeon=work, teacher=teacher, progress=progress, **options
+    )
     small = work.finish([epoch.batch_size for epoch in history]).to(device_of_model(gm))
     if ema is not None or (work.learned is not None and not finetune):  # their statistics are not these weights'
         recalibrate_batchnorm(small, data, batches=RECALIBRATION_BATCHES, seed=seed)

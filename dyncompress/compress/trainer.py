@@ -72,6 +72,7 @@ def fit(
     after_step: Callable[[int], None] | None = None,
     optimizer: Optimizer = torch.optim.AdamW,
     surgeon: Surgeon | None = None,
+    teacher: nn.Module | None = None,
     mixed_precision: str | None = None,
     device: torch.device | str | None = None,
     run_dir: str | os.PathLike[str] | None = None,
@@ -94,6 +95,8 @@ def fit(
         optimizer: makes one of parameters and lr, such as `partial(torch.optim.SGD, momentum=0.9)`.
         surgeon: acts after every step; the model that it puts in place of `model` is its own to hand on. Where it asks
             for it, batches and learning rates grow as that model needs less memory.
+        teacher: answers the same inputs, in evaluation mode and without gradients; `loss_fn` then gets the pair (the
+            model's output, the teacher's).
         mixed_precision: "no", "fp16" or "bf16"; None = what accelerate is configured to.
         device: None = what accelerate chooses.
         run_dir: where the state is saved after every epoch, in `training.pt`.
@@ -118,7 +121,12 @@ def fit(
     groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
     store = RunStore(Path(run_dir) if run_dir is not None else None, settings, resume)
     run = _Run(model, loss_fn, dataset, settings, accelerator, torch.device(device or accelerator.device), surgeon)
-    with placed(model, run.device), _own_random_numbers(run.device), run.prepared(groups, optimizer):
+    with (
+        placed(model, run.device),
+        run.taught_by(teacher),
+        _own_random_numbers(run.device),
+        run.prepared(groups, optimizer),
+    ):
         return run.train(store, list(keep_eval), after_step, progress and accelerator.is_local_main_process)
 
 
@@ -142,6 +150,17 @@ class _Run:
         self.timetable = Timetable(settings.samples, settings.processes, settings.lr, sizes)
         self.batches = Shuffled(self.timetable, settings.seed, accelerator.process_index)
         self.loader = DataLoader(dataset, batch_sampler=self.batches)
+        self.teacher: nn.Module | None = None
+
+    @contextmanager
+    def taught_by(self, teacher: nn.Module | None) -> Iterator[None]:
+        """With a teacher, on the same device and in evaluation mode meanwhile."""
+        if teacher is None:
+            yield
+            return
+        with placed(teacher, self.device):
+            self.teacher = teacher.eval()
+            yield
 
     @contextmanager
     def prepared(self, groups: list[Any], make: Optimizer) -> Iterator[None]:
@@ -245,7 +264,11 @@ class _Run:
         inputs, labels = unpack(batch)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.timetable.rates[step]
-        output = call(self.wrapped, to_device(inputs, self.device))
+        inputs = to_device(inputs, self.device)
+        output = call(self.wrapped, inputs)
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                output = output, call(self.teacher, inputs)
         loss = self.loss_fn(output, labels.to(self.device))
         value = loss.item()
         if not math.isfinite(value):

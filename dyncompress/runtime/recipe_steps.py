@@ -65,6 +65,8 @@ class Prune:
     """Number of cuts, each ranked anew."""
     finetune: int = 0
     """Epochs of training after every cut; needs data."""
+    distill: float = 0.0
+    """Share of that training's loss that compares with the answers of the model as it came, 0..1."""
     lr: float = 1e-3
     """Peak learning rate of that training."""
     batch_size: int = 128
@@ -101,6 +103,8 @@ class Sparsify:
     """Decay of an average of the weights, which the result then has, such as 0.999."""
     grow_batch: bool = False
     """Larger batches, and learning rates, as the model needs less memory."""
+    distill: float = 0.0
+    """Share of the loss that compares with the answers of the model as it came, 0..1."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum 0.9."""
     lr: float = 1e-3
