@@ -152,11 +152,12 @@ def measure(bench: Bench, rows: dict[str, Any], save: Callable[[], None]) -> Non
 
 
 def summary(seeds: dict[str, Any]) -> dict[str, Any]:
-    """Means over the seeds that are complete."""
-    full = [rows for rows in seeds.values() if "layers" in rows]
-    names = full[0] if full else {}
-    table = {n: {k: round(mean(r[n][k] for r in full), 4) for k in ("accuracy", "macs")} for n in names}
-    return {"seeds": len(full), **table}
+    """Means over the seeds."""
+    table: dict[str, Any] = {}
+    for name in next(iter(seeds.values()), {}):
+        rows = [rows[name] for rows in seeds.values() if name in rows]
+        table[name] = {"seeds": len(rows)} | {k: round(mean(r[k] for r in rows), 4) for k in ("accuracy", "macs")}
+    return table
 
 
 def main() -> None:
