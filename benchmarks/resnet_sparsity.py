@@ -12,7 +12,7 @@ A network is trained, and then, for as many epochs each, with the same batches, 
     group norm  Torch-Pruning's GroupNormPruner, with the settings of its own benchmark (reg 5e-4, global, normaliser
                 "max") while the others sparsify, then pruned to the MACs of "channels", then trained on
 
-and "channels", "layers" and "group norm" once more, half of whose loss compares with the network given ("distilled").
+and "channels" and "group norm" once more, half of whose loss compares with the network given ("distilled").
 Accuracy on the test images in float32; training is in bfloat16 where the processor has it. What is measured is not
 measured again.
 """
@@ -76,10 +76,10 @@ class Bench:
     def channels(self, distill: float = 0.0) -> nn.Module:
         return self.learned("channels", CHANNELS, "axes", distill)
 
-    def layers(self, distill: float = 0.0) -> nn.Module:
-        return self.learned("layers", LAYERS, "layers", distill)
+    def layers(self) -> nn.Module:
+        return self.learned("layers", LAYERS, "layers")
 
-    def learned(self, name: str, macs: float, kind: str, distill: float) -> fx.GraphModule:
+    def learned(self, name: str, macs: float, kind: str, distill: float = 0.0) -> fx.GraphModule:
         run = self.folder / f"{name}{'-distilled' if distill else ''}"
         return dc.sparsify(
             self.first(), self.data.train, macs=macs, kinds=(kind,), epochs=SPARSE, finetune=FINE, shrink_every=1,
@@ -129,7 +129,6 @@ def measure(bench: Bench, rows: dict[str, Any], save: Callable[[], None]) -> Non
         "layers": bench.layers,
         "channels, distilled": lambda: bench.channels(DISTILL),
         "group norm, distilled": lambda: bench.group_norm(round(rows["channels, distilled"]["macs"] * whole), DISTILL),
-        "layers, distilled": lambda: bench.layers(DISTILL),
     }
     missing = [name for name in makers if name not in rows]
     whole = macs_of(bench.first(), bench.example) if missing else 0
