@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ..errors import RequestError
 from ..passes.capture import Inputs, split_inputs
 from .arrivals import as_asked_for, as_they_come
+from .cache_blocks import blocks
 from .deadline import Deadline
 from .policy import ExitPolicy, OperatingPolicy, State, within_budget
 from .pool import Pools, run_stream
@@ -172,8 +173,7 @@ class DynamicModel(nn.Module):
             return Prediction(logits, nobody, macs, pieces.count(0, logits.device))
         with pieces.evaluating:
             if any(on) or pieces.gated:
-                count = pieces.count(n, next(x.device for x in flat if isinstance(x, Tensor)))
-                logits, exit_index = self._run_stages(pieces, flat, on, policy, deadline, count)
+                logits, exit_index, count = self._run_blocks(pieces, flat, n, on, policy, deadline)
                 return Prediction(logits, exit_index, macs, count)
             logits = pieces.static(*args, **kwargs)
         return Prediction(logits, torch.full((n,), len(on), device=logits.device), macs)
@@ -214,6 +214,26 @@ class DynamicModel(nn.Module):
             options: of `torch.compile`, such as `mode` or `backend`.
         """
         self._cached = self._pieces().compiled(**{"dynamic": True, **options})
+
+    def _run_blocks(
+        self, pieces: Pieces, flat: Sequence[Any], n: int, on: tuple[bool, ...], policy: ExitPolicy,
+        deadline: Deadline | None,
+    ) -> tuple[Tensor, Tensor, GateCount | None]:  # fmt: skip
+        """Logits (N, C), exit index (N,) and the gates' count; a deadline is for all samples at once."""
+        device = next(x.device for x in flat if isinstance(x, Tensor))
+        whole = pieces.count(n, device)
+        parts = blocks(n, pieces.bytes_per_sample, device) if deadline is None else [slice(0, n)]
+        if len(parts) == 1:
+            return *self._run_stages(pieces, flat, on, policy, deadline, whole), whole
+        answers = []
+        for part in parts:
+            values = [x[part] if own else x for x, own in zip(flat, pieces.per_sample, strict=True)]
+            count = pieces.count(part.stop - part.start, device)
+            answers.append(self._run_stages(pieces, values, on, policy, None, count))
+            if whole is not None and count is not None:
+                whole.join(part.start, count)
+        logits, exit_index = (torch.cat(each) for each in zip(*answers, strict=True))
+        return logits, exit_index, whole
 
     def _run_stages(
         self, pieces: Pieces, values: Sequence[Any], on: tuple[bool, ...], policy: ExitPolicy,

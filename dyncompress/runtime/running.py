@@ -16,6 +16,7 @@ from ..passes.cost import count_macs
 from ..passes.gated import GatedBranch
 from ..passes.modes import evaluating
 from ..passes.stages import Stage, split_stages, without_exits
+from .cache_blocks import bytes_per_sample
 from .inputs import CallReader
 from .lean import make_lean
 
@@ -44,6 +45,11 @@ class GateCount:
             saved = (~decided).long() * torch.tensor(self._macs[stage], device=self._device)
             skipped.index_add_(0, where, saved.sum(1))
         return gates, skipped
+
+    def join(self, begin: int, other: "GateCount") -> None:
+        """What another count noted for all its samples goes to those from `begin` on."""
+        here = torch.arange(begin, begin + other._n, device=self._device)
+        self._noted += [(stage, opened, here if rows is None else here[rows]) for stage, opened, rows in other._noted]
 
     def add(self, i: int, other: "GateCount", row: int) -> None:
         """What another count noted for its sample `row` goes to the sample `i`."""
@@ -94,6 +100,8 @@ class Pieces:
         self.stages: list[Stage] = split_stages(trunk)
         self.static_macs = count_macs(self.static)
         self.calls = CallReader(trunk)
+        self.bytes_per_sample = bytes_per_sample(trunk)
+        self.per_sample = [0 in spec.get("dynamic", ()) for spec in trunk.meta["inputs"]]
         self.evaluating = _Modes(trunk)
         for piece in (self.static, *(stage.body for stage in self.stages)):
             for module in piece.children():
