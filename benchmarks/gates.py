@@ -8,6 +8,8 @@ A network is trained (`resnet_sparsity.py`), and then, for as many epochs each o
     static      trained on
     gumbel, skipnet, blockdrop
                 gated by `dc.gate`, taught by the first network
+    gumbel, one policy
+                gumbel with one network that decides all branches, as blockdrop has, in place of a gate per branch
     no pretrain skipnet's policy gradients for all of the epochs, without the supervised half
     untrained, untrained no pretrain
                 the same two from a network with random weights, as published, without a teacher
@@ -15,7 +17,7 @@ A network is trained (`resnet_sparsity.py`), and then, for as many epochs each o
                 in the test too (mean of three draws)
     random, learned rates
                 the same, but each branch as often as the gumbel gates skip it: what remains of a gate without its input
-    shallower   sparsified to the same MACs by group lasso over residual branches, then trained on
+    shallower   sparsified to the same MACs by group lasso over residual branches, then trained on; same teacher
 
 Accuracy on the test images in float32, MACs as counted while predicting them. Milliseconds per call on test images,
 static and gated taking turns; `realised` is the speed-up over the reduction of MACs. What is measured is not measured
@@ -24,7 +26,7 @@ again.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import AMP, BATCH, FIRST, LR, SGD, check_setting, header, read, start, write
@@ -88,16 +90,18 @@ class Bench:
         self.fitted(gm, "static", self.train, EPOCHS, MORE_LR)
         return gm.eval()
 
-    def gated(self, kind: str, pretrain: bool = True, trained: bool = True) -> dc.DynamicModel:
-        name = ("" if trained else "untrained-") + (kind if pretrain else "no-pretrain")
+    def gated(
+        self, kind: str, pretrain: bool = True, trained: bool = True, gate: Literal["policy"] | None = None
+    ) -> dc.DynamicModel:
+        name = ("" if trained else "untrained-") + (kind if pretrain else "no-pretrain") + (f"-{gate}" if gate else "")
         run = self.folder / name
 
         class Data:
             train, calibration = self.train, self.whole.calibration
 
         return dc.gate(
-            self.first(trained), data=Data(), kind=kind, macs=self.macs, pretrain=pretrain, epochs=EPOCHS, lr=GATE_LR,
-            trunk_lr=TRUNK_LR, distill=DISTILL if trained else 0.0, run_dir=run, resume=run.exists(), **self.options,
+            self.first(trained), data=Data(), kind=kind, macs=self.macs, pretrain=pretrain, gate=gate, epochs=EPOCHS,
+            lr=GATE_LR, trunk_lr=TRUNK_LR, distill=DISTILL if trained else 0.0, run_dir=run, resume=run.exists(), **self.options,
         )  # fmt: skip
 
     def rates(self, learned: bool) -> list[float]:
@@ -122,7 +126,7 @@ class Bench:
         run = self.folder / "shallower"
         return dc.sparsify(
             self.first(), self.train, macs=self.macs + ONE_BRANCH, kinds=("layers",), epochs=EPOCHS // 2,
-            finetune=EPOCHS - EPOCHS // 2, shrink_every=1, lr=MORE_LR, optimizer=SGD, run_dir=run,
+            finetune=EPOCHS - EPOCHS // 2, shrink_every=1, lr=MORE_LR, optimizer=SGD, distill=DISTILL, run_dir=run,
             resume=run.exists(), **self.options,
         )  # fmt: skip
 
@@ -179,10 +183,11 @@ class Bench:
 NAMES = {
     "gumbel": ("gumbel",), "skipnet": ("skipnet",), "blockdrop": ("blockdrop",), "no pretrain": ("skipnet", False),
     "untrained": ("skipnet", True, False), "untrained no pretrain": ("skipnet", False, False),
+    "gumbel, one policy": ("gumbel", True, True, "policy"),
 }  # fmt: skip
 ROWS = (
-    "static", "gumbel", "random", "random, learned rates", "skipnet", "untrained", "untrained no pretrain", "blockdrop",
-    "shallower", "no pretrain",
+    "static", "gumbel", "random", "random, learned rates", "skipnet", "untrained", "untrained no pretrain", "shallower",
+    "gumbel, one policy", "blockdrop", "no pretrain",
 )  # fmt: skip
 
 
