@@ -101,7 +101,8 @@ class Bench:
 
         return dc.gate(
             self.first(trained), data=Data(), kind=kind, macs=self.macs, pretrain=pretrain, gate=gate, epochs=EPOCHS,
-            lr=GATE_LR, trunk_lr=TRUNK_LR, distill=DISTILL if trained else 0.0, run_dir=run, resume=run.exists(), **self.options,
+            lr=GATE_LR, trunk_lr=TRUNK_LR, distill=DISTILL if trained else 0.0, run_dir=run, resume=run.exists(),
+            **self.options,
         )  # fmt: skip
 
     def rates(self, learned: bool) -> list[float]:
