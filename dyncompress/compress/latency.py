@@ -33,7 +33,7 @@ from .batches import device_of_model, placed
 from .budget import Ghost
 from .ranking import Keep
 
-_RUNS, _LEAST_RUNS, _SECONDS = 15, 5, 1.0  # for the table: so many runs of a model, fewer where they take longer
+_RUNS, _LEAST_RUNS, _SECONDS = 15, 3, 1.0  # for the table: so many runs of a model, fewer where they take longer
 _ROUNDS = 200  # of a whole model, likewise
 
 
@@ -156,9 +156,8 @@ class Latency:
         with placed(gm, self.device), torch.inference_mode():
             gm.eval()
             timer = _Timer(gm, missing)
-            timer.run(*self.flat, enable_io_processing=False)  # warms up
             begin = perf_counter()
-            timer.run(*self.flat, enable_io_processing=False)
+            timer.run(*self.flat, enable_io_processing=False)  # warms up
             runs = _runs(perf_counter() - begin)
             timer.times.clear()
             with tqdm(total=runs, desc="measuring latency", unit="run", leave=False, disable=not self._progress) as bar:
