@@ -25,6 +25,7 @@ from .search import saved_by, search
 
 _ERROR = 0.05
 _CORRECTIONS = 3
+_REFINEMENTS = 4  # each may have to be measured
 _ROUNDS = 4  # steps that a kept size may rise by
 _EAGER = (0.0, 1.0, 2.0)
 
@@ -94,7 +95,7 @@ def _closest(ranking: Ranking, target: float, latency: Latency, exact: bool) -> 
     touched = _touched(axes)
     for _ in range(1 + _CORRECTIONS):
         try:
-            removed = search(ranking, latency.left, "latency", goal)
+            removed = search(ranking, latency.left, "latency", goal, _REFINEMENTS)
         except RequestError:
             if not tried:
                 raise

@@ -48,8 +48,10 @@ def saved_by(axes: Axes, left: Left) -> Callable[[Axis], float]:
     return lambda branch: left({}) - left({branch.atom: nothing})
 
 
-def search(ranking: Ranking, left: Left, metric: str, target: float) -> list[Unit]:
+def search(ranking: Ranking, left: Left, metric: str, target: float, refinements: int = _REFINEMENTS) -> list[Unit]:
     """The units that have to go, so that at most `target` is left, and as little less as their sizes allow.
+
+    Where one of them is too large a piece, `refinements` others at most are asked whether they fit instead.
 
     Raises:
         RequestError: the target cannot be met within the limits.
@@ -74,7 +76,7 @@ def search(ranking: Ranking, left: Left, metric: str, target: float) -> list[Uni
         fits = left(ranking.keep(removed)) >= target * (1 - TOLERANCE)
         others = [unit for unit in units if unit is not last]
         if fits or last is None or last.axis.kind != BRANCH or left(ranking.keep(others)) > target:
-            return _refined(ranking, removed, left, target)
+            return _refined(ranking, removed, left, target, refinements)
         units = others  # that branch is too large a piece: channels go instead of it
 
 
@@ -87,12 +89,12 @@ def _prefix(ranking: Ranking, units: list[Unit], low: int, left: Left, target: f
     return units[:high]
 
 
-def _refined(ranking: Ranking, removed: list[Unit], left: Left, target: float) -> list[Unit]:
+def _refined(ranking: Ranking, removed: list[Unit], left: Left, target: float, most: int) -> list[Unit]:
     """Where the last unit overshot (a head, a group), the most important of the others come back while they fit."""
     chosen = list(removed)
     whole = {removed[-1].axis.name} if removed else set()  # an axis gets its indices back in falling order only
     best = left(ranking.keep(chosen))
-    for unit in removed[-2 : -_REFINEMENTS - 2 : -1]:
+    for unit in removed[-2 : -most - 2 : -1]:
         if best >= target * (1 - TOLERANCE):
             break
         if unit.axis.name in whole or unit.forced:
