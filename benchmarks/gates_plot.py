@@ -1,4 +1,4 @@
-"""Draws gates.json as gates.png: accuracy against MACs, and SkipNet's loss with and without its supervised half.
+"""Draws gates.json as gates.png: accuracies at their MACs, and SkipNet's loss with and without its supervised half.
 
 python benchmarks/gates_plot.py
 """
@@ -33,14 +33,13 @@ def main() -> None:
 
 
 def draw_accuracy(axes: Axes, name: str, rows: dict[str, Any]) -> None:
-    """One point a row."""
-    for row in rows.values():
-        axes.plot(row["macs"], 100 * row["accuracy"], "o")
-    for i, (kind, row) in enumerate(sorted(rows.items(), key=lambda item: item[1]["accuracy"])):
-        beside = (8, 3 if i % 2 else -9)
-        axes.annotate(kind, (row["macs"], 100 * row["accuracy"]), xytext=beside, textcoords="offset points", fontsize=8)
-    axes.set(xlabel="mean MACs, share of the static network's", ylabel="test accuracy (%)", title=name)
-    axes.margins(x=0.3, y=0.1)
+    """One line a row, the most accurate on top."""
+    ranked = sorted(rows.items(), key=lambda item: item[1]["accuracy"])
+    for i, (_, row) in enumerate(ranked):
+        axes.plot(100 * row["accuracy"], i, "o", color="C0")
+    axes.set_yticks(range(len(ranked)), [f"{kind} ({row['macs']:.2f} of the MACs)" for kind, row in ranked], fontsize=8)
+    axes.set(xlabel="test accuracy (%)", title=name)
+    axes.grid(axis="x", alpha=0.3)
 
 
 def draw_losses(axes: Axes, rows: dict[str, Any]) -> None:
