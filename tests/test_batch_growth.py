@@ -163,7 +163,7 @@ def test_the_horizon_is_that_of_the_steps_to_come() -> None:
     """As much learning rate is left to the deadline, which stays at the same epoch, however large the batches are."""
     request = sparsifier.Request(
         metric="macs", target=0.5, strength=None, penalty_ratio=None, epochs=10, finetune=0, shrink_every=1,
-        kinds=("axes",), limits=sparsifier.Limits(0.1), ema=None, grow_batch=True,
+        kinds=("axes",), limits=sparsifier.Limits(0.1), ema=None, grow_batch=True, distill=0.0,
     )  # fmt: skip
     work = sparsifier.Sparsifier(dc.capture(network(), images().tensors[0][:2]), request, cross_entropy, images())
     left = []

@@ -197,10 +197,9 @@ class DynamicModel(nn.Module):
             raise RequestError(f"max_batch is {max_batch}: give at least 1")
         if max_wait_ms is not None and not max_wait_ms >= 0:
             raise RequestError(f"max_wait_ms is {max_wait_ms}: give milliseconds, 0 or more")
-        per_sample = [0 in spec.get("dynamic", ()) for spec in self.trunk.meta["inputs"]]
         seconds = inf if max_wait_ms is None else max_wait_ms / 1000
         pieces = self._pieces()
-        pools = Pools(pieces, self.policy, per_sample, self._no_logits(), max_batch, seconds)
+        pools = Pools(pieces, self.policy, pieces.per_sample, self._no_logits(), max_batch, seconds)
         arrivals = as_asked_for(batches) if max_wait_ms is None else as_they_come(batches, pools.wait, max_batch)
         return run_stream(pools, arrivals, lambda batch: pieces.calls.read(*split_inputs(batch)))
 
