@@ -16,7 +16,6 @@ from torch import fx, nn
 from ..errors import RequestError
 from ..passes.axes import Axes, as_keep, infer_axes
 from ..passes.capture import Inputs, capture
-from ..passes.copying import deep_copy
 from ..passes.plan import plan_axes
 from ..passes.shrink import shrink_axes
 from .batches import LabelledData
@@ -26,7 +25,7 @@ from .importance import COMPARABLE, Context, Scores, check_importance, score_axe
 from .kept import Kept
 from .latency import Latency
 from .latency_choice import choose_by_latency
-from .losses import Distilled, check_share, cross_entropy
+from .losses import Distilled, cross_entropy
 from .ranking import Keep, Limits, check_scope, default_scope
 from .recalibrate import recalibrate_batchnorm
 from .search import choose
@@ -103,22 +102,22 @@ def prune(
     step_size = 1 if round_to is None and metric != "latency" else round_to
     limits = Limits(floor, step_size, tuple(ignore), ceiling, depth)
     scope = scope or (None if metric == "latency" else default_scope(depth))
-    _check(importance, scope, steps, finetune, distill, seed, data)
+    _check(importance, scope, steps, finetune, seed, data)
+    loss_fn = Distilled(cross_entropy, distill) if distill else cross_entropy
+    if distill and not finetune:
+        raise RequestError("distill is a share of the loss of fine-tuning: give finetune, a number of epochs")
     gm = model if isinstance(model, fx.GraphModule) and "inputs" in model.meta else _captured(model, example_inputs)
     context = Context(data, seed=seed, progress=progress)
     job = _Job(metric, importance, scope, limits, exact, latency_batch, context)
     training: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "mixed_precision": mixed_precision}
-    training |= {"device": device, "loss_fn": Distilled(cross_entropy, distill) if distill else cross_entropy}
-    training |= {"teacher": deep_copy(gm) if distill else None}
+    training |= {"device": device, "loss_fn": loss_fn, "teacher": gm if distill else None}
     request = {metric: target, "importance": importance, "scope": scope, "steps": steps, "finetune": finetune}
     request |= {**asdict(limits), "ignore": list(ignore), "exact": exact, "seed": seed, "distill": distill}
     store = CutStore(Path(run_dir) if run_dir is not None else None, request, resume)
     return _in_steps(job, gm, _schedule(target, steps), finetune, training, store)
 
 
-def _check(
-    importance: str, scope: str | None, steps: int, finetune: int, distill: float, seed: int, data: LabelledData | None
-) -> None:
+def _check(importance: str, scope: str | None, steps: int, finetune: int, seed: int, data: LabelledData | None) -> None:
     check_importance(importance)
     if scope is not None:
         check_scope(scope)
@@ -126,9 +125,6 @@ def _check(
         raise RequestError(f"steps is the number of cuts, at least 1; got {steps}")
     if finetune < 0:
         raise RequestError(f"finetune is a number of epochs, 0 or more; got {finetune}")
-    check_share(distill)
-    if distill and not finetune:
-        raise RequestError("distill is a share of the loss of fine-tuning: give finetune, a number of epochs")
     if seed < 0:
         raise RequestError(f"seed is {seed}: give a number that is not negative")
     if finetune and data is None:

@@ -26,7 +26,6 @@ from .groups import check_kinds
 from .importance import Context, Scores
 from .importance.activations import activation_scores
 from .kept import Kept
-from .losses import check_share
 from .ranking import Keep, Limits, Ranking, default_scope
 from .schedule import Timetable
 from .search import saved_by, search
@@ -64,7 +63,6 @@ class Request:
 
     def __post_init__(self) -> None:
         check_kinds(self.kinds)
-        check_share(self.distill)
         for name, value in {"strength": self.strength, "penalty_ratio": self.penalty_ratio}.items():
             if value is not None and not value > 0:
                 raise RequestError(f"{name} is {value}: give a positive number")

@@ -92,6 +92,7 @@ def sparsify(
         DynCompressError: the training failed.
     """
     metric, target = _goal({"macs": macs, "params": params}, {"strength": strength, "penalty_ratio": penalty_ratio})
+    loss_fn = Distilled(loss_fn, distill) if distill else loss_fn
     limits = Limits(floor, ignore=tuple(ignore), depth=LAYERS in kinds)
     request = Request(
         metric=metric, target=target, strength=strength, penalty_ratio=penalty_ratio, epochs=epochs, finetune=finetune,
@@ -100,7 +101,7 @@ def sparsify(
     whole = isinstance(model, fx.GraphModule) and "inputs" in model.meta
     gm: Any = deep_copy(model) if whole else capture(model, examples_of(data))
     teacher = deep_copy(gm) if distill else None
-    work = Sparsifier(gm, request, Distilled(loss_fn, distill) if distill else loss_fn, data)
+    work = Sparsifier(gm, request, loss_fn, data)
     options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "optimizer": optimizer}
     options |= {"mixed_precision": mixed_precision, "device": device, "run_dir": run_dir, "resume": resume}
     history = fit(

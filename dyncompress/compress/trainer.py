@@ -11,7 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -120,14 +120,12 @@ def fit(
     settings = Settings(epochs, lr, batch_size, seed, samples, accelerator.num_processes, request)
     groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
     store = RunStore(Path(run_dir) if run_dir is not None else None, settings, resume)
-    run = _Run(model, loss_fn, dataset, settings, accelerator, torch.device(device or accelerator.device), surgeon)
-    with (
-        placed(model, run.device),
-        run.taught_by(teacher),
-        _own_random_numbers(run.device),
-        run.prepared(groups, optimizer),
-    ):
-        return run.train(store, list(keep_eval), after_step, progress and accelerator.is_local_main_process)
+    where = torch.device(device or accelerator.device)
+    run = _Run(model, loss_fn, dataset, settings, accelerator, where, surgeon, teacher)
+    still = [*keep_eval, teacher] if teacher is not None else list(keep_eval)
+    taught = placed(teacher, where) if teacher is not None else nullcontext()
+    with placed(model, where), taught, _own_random_numbers(where), run.prepared(groups, optimizer):
+        return run.train(store, still, after_step, progress and accelerator.is_local_main_process)
 
 
 class _Run:
@@ -142,25 +140,15 @@ class _Run:
         accelerator: Accelerator,
         device: torch.device,
         surgeon: Surgeon | None,
+        teacher: nn.Module | None,
     ) -> None:
-        self.surgeon = surgeon
+        self.surgeon, self.teacher = surgeon, teacher
         self.model, self.loss_fn, self.dataset, self.settings = model, loss_fn, dataset, settings
         self.accelerator, self.device = accelerator, device
         sizes = (settings.batch_size,) * settings.epochs
         self.timetable = Timetable(settings.samples, settings.processes, settings.lr, sizes)
         self.batches = Shuffled(self.timetable, settings.seed, accelerator.process_index)
         self.loader = DataLoader(dataset, batch_sampler=self.batches)
-        self.teacher: nn.Module | None = None
-
-    @contextmanager
-    def taught_by(self, teacher: nn.Module | None) -> Iterator[None]:
-        """With a teacher, on the same device and in evaluation mode meanwhile."""
-        if teacher is None:
-            yield
-            return
-        with placed(teacher, self.device):
-            self.teacher = teacher.eval()
-            yield
 
     @contextmanager
     def prepared(self, groups: list[Any], make: Optimizer) -> Iterator[None]:
