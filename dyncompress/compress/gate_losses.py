@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .exit_losses import ExitLoss, cross_entropies
 from .gate_decisions import Progress, log_likelihood
-from .losses import softened_kl
+from .losses import logits_of, softened_kl
 
 _PENALTY = 10.0  # w
 _RATE_PENALTY = 2.0
@@ -60,8 +60,11 @@ class GateLoss(ExitLoss):
         self.name = f"{type(self).__name__} distilled {distill:g}"
 
     def __call__(self, output: Any, labels: Tensor) -> Tensor:
-        """output: the fields of a `GateRun`."""
-        run = GateRun(*output)
+        """output: the fields of a `GateRun` without a teacher; where there is one, the pair of them and its output."""
+        fields, taught = output if self.distill else (output, None)
+        run = GateRun(*fields)
+        if taught is not None:
+            run = run._replace(teacher=logits_of(taught))
         loss = self.of_run(run, self.per_sample(run, labels), labels)
         self.progress.done += 1
         return loss

@@ -16,7 +16,6 @@ from ..passes.gates import GATES_PATH
 from .batches import LabelledData
 from .gate_decisions import Curriculum, Gumbel, Progress, Sampled, StraightThrough
 from .gate_losses import Budget, Costs, Drops, GateLoss, GateRun, Hybrid, Rates
-from .losses import logits_of
 from .trainer import Epoch, fit, fixed
 
 GUMBEL, SKIPNET, BLOCKDROP = KINDS = ("gumbel", "skipnet", "blockdrop")
@@ -81,30 +80,29 @@ def train_gates(
     gates = [p for name, p in gm.named_parameters() if name.startswith(GATES_PATH)]
     rest = [p for name, p in gm.named_parameters() if not name.startswith(GATES_PATH) and p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": gates}]
-    still: list[nn.Module] = [] if teacher is None else list(teacher.modules())
+    still: list[nn.Module] = []
     if phase.moves_model:
         groups.append({"params": rest, "lr": trunk_lr * options["lr"]})
     else:
-        still += [module for name, module in gm.named_modules() if name and not f"{name}.".startswith(GATES_PATH)]
+        still = [module for name, module in gm.named_modules() if name and not f"{name}.".startswith(GATES_PATH)]
     with fixed([] if phase.moves_model else rest):
-        run = _Training(gm, phase, teacher)
-        return fit(run, phase.loss, train, parameters=groups, keep_eval=still, **options)
+        run = _Training(gm, phase)
+        return fit(run, phase.loss, train, parameters=groups, keep_eval=still, teacher=teacher, **options)
 
 
 class _Training(nn.Module):
     """Inputs -> `GateRun`."""
 
-    def __init__(self, gm: fx.GraphModule, phase: Phase, teacher: fx.GraphModule | None) -> None:
+    def __init__(self, gm: fx.GraphModule, phase: Phase) -> None:
         super().__init__()
         self.decide, self.asks_greedy = phase.decide, isinstance(phase.loss, Drops)
-        self.run, self.teacher = deciding(gm, phase.decide), teacher
+        self.run = deciding(gm, phase.decide)
 
     def forward(self, *args: Any, **kwargs: Any) -> GateRun:
         (*_, logits), odds, factors = self.run(*args, **kwargs)
         with torch.no_grad():
-            taught = logits_of(self.teacher(*args, **kwargs)) if self.teacher is not None else None
             greedy = self._greedy(*args, **kwargs) if self.asks_greedy else None
-        return GateRun(logits, odds, factors, taught, greedy)
+        return GateRun(logits, odds, factors, None, greedy)
 
     def _greedy(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert isinstance(self.decide, Sampled)

@@ -53,7 +53,7 @@ class Distilled:
     def __call__(self, output: tuple[Any, Any], labels: Tensor) -> Tensor:
         own, taught = output
         z, z_teacher = logits_of(own), logits_of(taught)
-        kl = softened_kl(z_teacher.to(z.dtype), z, self.temperature)
+        kl = softened_kl(z_teacher, z, self.temperature)
         if labels.shape == kl.shape:
             kl = kl[labels != IGNORED]
         return (1 - self.share) * self.loss_fn(own, labels) + self.share * kl.mean()

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import convert_to_fp32, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -256,7 +256,7 @@ class _Run:
         output = call(self.wrapped, inputs)
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
-                output = output, call(self.teacher, inputs)
+                output = output, convert_to_fp32(call(self.teacher, inputs))
         loss = self.loss_fn(output, labels.to(self.device))
         value = loss.item()
         if not math.isfinite(value):
