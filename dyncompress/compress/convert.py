@@ -22,6 +22,7 @@ from ..passes.capture import Inputs, capture
 from ..passes.exits import EVERY, InsertExits
 from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import Fallback
+from .accelerated import training_device
 from .batches import HasSplits, LabelledData, device_of_model, divided, examples_of, size_of, to_device
 from .candidates import collect_cached
 from .choose import RiskKind, SearchKind, check_goal, choose_policy
@@ -32,7 +33,6 @@ from .exit_search import search_exits
 from .few_samples import few_shot_training
 from .impressions import Synthesis
 from .risk import check_samples
-from .trainer import training_device
 
 SEARCH = "search"
 

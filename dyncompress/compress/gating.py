@@ -22,13 +22,14 @@ from ..passes.cost import count_macs
 from ..passes.fold import FoldBatchNorm
 from ..passes.gates import GATES_PATH, POLICY, POOLED, RECURRENT, InsertGates
 from ..runtime.dynamic import DynamicModel
+from .accelerated import training_device
 from .batches import HasSplits, LabelledData, device_of_model, divided, examples_of, to_device
 from .gate_decisions import Progress
 from .gate_losses import Costs
 from .gate_report import gate_report, meet_budget
 from .gate_training import BLOCKDROP, GUMBEL, KINDS, SKIPNET, Goal, make_phase, phases_of, train_gates
 from .losses import check_share
-from .trainer import Epoch, Optimizer, count_steps, training_device
+from .trainer import Epoch, Optimizer, count_steps
 
 _USUAL_GATE = {GUMBEL: POOLED, SKIPNET: RECURRENT, BLOCKDROP: POLICY}
 

@@ -7,7 +7,6 @@ as if nothing had happened. A surgeon may change the model's shape between epoch
 
 import math
 import os
-import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import convert_to_fp32, set_seed
@@ -25,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import DynCompressError, RequestError
+from .accelerated import Shell, accelerator_of, own_random_numbers
 from .batch_growth import bytes_per_sample, largest_batch
 from .batches import LabelledData, call, placed, size_of, to_device, unpack
 from .run_store import RunStore, Settings
@@ -113,7 +112,7 @@ def fit(
             raise RequestError(f"{name} is {value}: give a positive number")
     if seed < 0:
         raise RequestError(f"seed is {seed}: give a number that is not negative")
-    accelerator = _accelerator(mixed_precision)
+    accelerator = accelerator_of(mixed_precision)
     samples = size_of(dataset, "training")
     batch_size = max(1, min(batch_size, samples // accelerator.num_processes))
     request = dict(surgeon.request) if surgeon is not None else {}
@@ -124,7 +123,7 @@ def fit(
     run = _Run(model, loss_fn, dataset, settings, accelerator, where, surgeon, teacher)
     still = [*keep_eval, teacher] if teacher is not None else list(keep_eval)
     taught = placed(teacher, where) if teacher is not None else nullcontext()
-    with placed(model, where), taught, _own_random_numbers(where), run.prepared(groups, optimizer):
+    with placed(model, where), taught, own_random_numbers(where), run.prepared(groups, optimizer):
         return run.train(store, still, after_step, progress and accelerator.is_local_main_process)
 
 
@@ -164,7 +163,7 @@ class _Run:
             self.accelerator.free_memory()
 
     def _wrap(self) -> None:
-        self.wrapped = self.accelerator.prepare_model(_Shell(self.model), device_placement=False)
+        self.wrapped = self.accelerator.prepare_model(Shell(self.model), device_placement=False)
         self.optimizer = self.accelerator.prepare_optimizer(self.bare_optimizer, device_placement=False)
 
     def _adopt(self, surgery: Surgery) -> None:
@@ -304,17 +303,6 @@ class _Run:
         return [Epoch(**record) for record in state["history"]]
 
 
-class _Shell(nn.Module):
-    """Takes the patches that accelerate makes to a module's forward, so that the user's model stays as it is."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-
 def count_steps(dataset: LabelledData, epochs: int, batch_size: int) -> int:
     """How many steps `fit` takes."""
     processes, size = PartialState().num_processes, size_of(dataset, "training")
@@ -332,27 +320,3 @@ def fixed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in held:
             parameter.requires_grad = True
-
-
-def training_device() -> torch.device:
-    """The device that accelerate chooses on this machine, or for this process."""
-    return PartialState().device
-
-
-def _accelerator(mixed_precision: str | None) -> Accelerator:
-    try:
-        return Accelerator(mixed_precision=mixed_precision)
-    except ValueError as error:
-        raise RequestError(f"mixed_precision={mixed_precision!r} cannot be used here: {error}") from error
-
-
-@contextmanager
-def _own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Leaves the global random number generators as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
