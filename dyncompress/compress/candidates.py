@@ -20,6 +20,7 @@ from ..passes.stages import split_stages
 from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import ExitPolicy
 from .batches import LabelledData
+from .call_costs import Costs
 from .distill import UNLABELLED
 from .evaluate import collect_logits
 from .points import Floats, Ints, Objective, OperatingPoint, Search, exit_costs, lexargmin
@@ -35,7 +36,8 @@ class Cached:
     """What policies are played on.
 
     logits: raw (N, classes) of every exit, early first, the final one last. labels: (N,) int64. stage_macs: multiply-
-    adds of each stage for one sample without heads, one more than there are early exits; head_macs: of their heads.
+    adds, or milliseconds (`timed`), of each stage for one sample without heads, one more than there are early exits;
+    head_macs: of their heads.
     """
 
     logits: Sequence[Tensor]
@@ -46,6 +48,10 @@ class Cached:
     def rows(self, index: Tensor) -> "Cached":
         """Some of the samples only."""
         return replace(self, logits=[z[index] for z in self.logits], labels=self.labels[index])
+
+    def timed(self, costs: Costs) -> "Cached":
+        """The same samples, each of which costs milliseconds."""
+        return replace(self, stage_macs=costs.stages, head_macs=costs.heads)
 
     @cached_property
     def right(self) -> Floats:

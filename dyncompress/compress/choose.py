@@ -3,24 +3,22 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import RequestError
 from ..runtime.dynamic import DynamicModel
-from ..runtime.policy import RULES, ExitPolicy, Fallback, OperatingPolicy, check_fallback, check_rule
+from ..runtime.policy import RULES, ExitPolicy, Fallback, OperatingPolicy
 from .batches import LabelledData
 from .calibrate import Calibration, calibrate_exits
+from .call_costs import Cost, Costs, time_costs
 from .candidates import Cached, Candidates, by_genetic_search, by_quota, collect_cached
+from .goals import Goal, RiskKind, SearchKind
 from .points import OperatingPoint, Search
-from .risk import RiskControl, check_rates, control_risk, risk_path
+from .risk import RiskControl, control_risk, risk_path
 from .scorer import fit_scorer
 from .slack import held_out_slack
-
-SearchKind = Literal["grid", "genetic", "quota"]
-RiskKind = Literal["disagreement", "accuracy-loss"]
 
 _PATH_POINTS = 100  # of the curve that risk control walks along
 
@@ -33,9 +31,12 @@ def choose_policy(
     threshold_search: SearchKind | None = None,
     max_loss: float = 0.005,
     macs: float | None = None,
+    latency: float | None = None,
     risk: float | None = None,
     confidence: float = 0.9,
     risk_of: RiskKind = "disagreement",
+    cost: Cost | None = None,
+    latency_batch: int = 1,
     fallback: Fallback = "final",
     static_logits: Tensor | None = None,
     seed: int = 0,
@@ -53,10 +54,13 @@ def choose_policy(
             (`shares`), "genetic" evolves divisions (`candidates`); None = grid, or genetic where a policy remembers.
         max_loss: accuracy (0..1) that may be lost on unseen samples. On the calibration set less is given away, see
             `slack`, unless more cannot be reached.
-        macs: instead, a budget: mean MACs as a share of the static model's.
+        macs, latency: instead, a budget: mean MACs, or mean milliseconds, as a share of the static model's.
         risk: instead, a rate (0..1) that holds for unseen samples with probability `confidence` (`risk`); one half of
             the samples then makes temperatures and thresholds, the other one the promise.
         risk_of: "disagreement" with the final exit, or "accuracy-loss" against it.
+        cost: what is to be least: "macs", or "latency" as measured on this device (`call_costs`), where every exit
+            costs what its calls take; None = what the budget is of, else MACs.
+        latency_batch: samples per call when latency is measured.
         fallback: who answers samples that no exit is sure of: the "final" exit, or the "ensemble" (`runtime.policy`).
         static_logits: (N, classes) on the labelled samples, of the static model, where the final exit is not that any
             more; losses count from the better one of the two.
@@ -65,31 +69,45 @@ def choose_policy(
     Returns:
         What was measured on the calibration set, as plain numbers, text and lists: static, final and dynamic accuracy
         and MACs, every exit's temperature and ECE before and after, the policy, the curve of accuracy over mean MACs,
-        what was promised.
+        what was promised, the milliseconds that were measured and those that the policy should take.
 
     Raises:
         RequestError: no labelled samples, too few for the promise, or thresholds that do what is asked do not exist.
     """
-    check_goal(rule, threshold_search, max_loss, macs, risk, confidence, risk_of, fallback)
+    goal = Goal(
+        rule=rule, threshold_search=threshold_search, max_loss=max_loss, macs=macs, latency=latency, risk=risk,
+        confidence=confidence, risk_of=risk_of, cost=cost, latency_batch=latency_batch, fallback=fallback,
+    )  # fmt: skip
     samples = collect_cached(dynamic, calibration, device)
     tuning, promising = (samples, None) if risk is None else _halves(samples, seed)
     fitted = calibrate_exits(tuning.logits, tuning.labels)
     template = _template(rule, fallback, tuning, [c.temperature for c in fitted])
     if risk is not None and risk_of == "disagreement":
         tuning = replace(tuning, labels=tuning.logits[-1].argmax(-1))
-    search = _search(threshold_search, template, tuning, seed, progress)
+    whole, timed = float(dynamic.static_macs), None
+    if goal.least == "latency":
+        timed = time_costs(dynamic, calibration, template, batch=latency_batch, device=device)
+        tuning, whole = tuning.timed(timed), timed.static
+    search = _search(goal, template, tuning, seed, progress)
     static_right = _static_right(samples, static_logits)
     promise: RiskControl | None = None
     if risk is not None and promising is not None:
         promise = _promise(search, template, tuning, promising, risk, 1 - confidence, risk_of, seed)
         dynamic.policy = promise.policy
     else:
-        within = None if macs is None else macs * dynamic.static_macs
-        point = _within_loss(search, static_right, max_loss) if within is None else search.for_macs(within)
+        budget = goal.budget
+        point = _within_loss(search, static_right, max_loss) if budget is None else search.for_macs(budget * whole)
         dynamic.policy = replace(template, thresholds=point.thresholds)
     dynamic.table = _table(template, search.curve(), samples)
     report = _report(dynamic, samples, static_right, fitted)
+    report["latency"] = None if timed is None else _in_time(timed, latency_batch, tuning.play(dynamic.policy))
     return {**report, "risk": None if promise is None else {k: v for k, v in asdict(promise).items() if k != "policy"}}
+
+
+def _in_time(timed: Costs, batch: int, played: OperatingPoint) -> dict[str, Any]:
+    """Milliseconds per sample."""
+    parts = {"stages_ms": list(timed.stages), "heads_ms": list(timed.heads)}
+    return {"batch": batch, "static_ms": timed.static, "mean_ms": played.mean_macs, **parts}
 
 
 def _report(
@@ -134,8 +152,8 @@ def _template(rule: str, fallback: Fallback, cached: Cached, temperatures: Seque
     return policy if fallback == "final" else replace(policy, fallback=fallback, final_temperature=final)
 
 
-def _search(kind: SearchKind | None, template: ExitPolicy, cached: Cached, seed: int, progress: bool) -> Search:
-    kind = kind or ("genetic" if _remembers(template.rule, template.fallback) else "grid")
+def _search(goal: Goal, template: ExitPolicy, cached: Cached, seed: int, progress: bool) -> Search:
+    kind = goal.threshold_search or ("genetic" if goal.remembers else "grid")
     if kind == "grid":
         return cached.grid(template)
     if kind == "quota":
@@ -172,38 +190,3 @@ def _table(template: ExitPolicy, points: Sequence[OperatingPoint], cached: Cache
     played = [(cached.play(policy), policy) for policy in policies]
     rows = [OperatingPolicy(point.mean_macs, point.accuracy, policy) for point, policy in played]
     return sorted(rows, key=lambda row: row.mean_macs)
-
-
-def _remembers(rule: str, fallback: Fallback) -> bool:
-    """Whether answers depend on the exits before, so that no exit can be judged alone."""
-    return RULES[rule].remembers or fallback == "ensemble"
-
-
-def check_goal(
-    rule: str,
-    threshold_search: SearchKind | None,
-    max_loss: float,
-    macs: float | None,
-    risk: float | None,
-    confidence: float,
-    risk_of: RiskKind,
-    fallback: Fallback,
-) -> None:
-    """Raises RequestError for a goal that no model could have."""
-    check_rule(rule)
-    check_fallback(fallback)
-    if threshold_search not in (None, *get_args(SearchKind)):
-        raise RequestError(f"unknown threshold_search {threshold_search!r}: give {', '.join(get_args(SearchKind))}")
-    if risk_of not in get_args(RiskKind):
-        raise RequestError(f"unknown risk_of {risk_of!r}: give {', '.join(get_args(RiskKind))}")
-    if threshold_search == "grid" and _remembers(rule, fallback):
-        what = f"rule {rule!r}" if RULES[rule].remembers else f"fallback {fallback!r}"
-        raise RequestError(f"the grid cannot enumerate {what}: take threshold_search genetic or quota")
-    if not 0 <= max_loss < 1:
-        raise RequestError(f"max_loss is {max_loss}: give the accuracy that may be lost, e.g. 0.005 for half a point")
-    if macs is not None and not 0 < macs <= 1:
-        raise RequestError(f"macs is {macs}: give a share of the static model's MACs, e.g. 0.5")
-    if risk is not None:
-        check_rates(risk, 1 - confidence)
-    if risk is not None and macs is not None:
-        raise RequestError("a risk and a budget of MACs cannot both be kept: give one of them")

@@ -24,13 +24,15 @@ from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import Fallback
 from .accelerated import training_device
 from .batches import HasSplits, LabelledData, device_of_model, divided, examples_of, size_of, to_device
+from .call_costs import Cost
 from .candidates import collect_cached
-from .choose import RiskKind, SearchKind, check_goal, choose_policy
+from .choose import choose_policy
 from .data_free import COST, check_without_data, splits_of_impressions
 from .exit_quality import measure_exits
 from .exit_recipes import check_recipe, train_exits
 from .exit_search import search_exits
 from .few_samples import few_shot_training
+from .goals import Goal, RiskKind, SearchKind
 from .impressions import Synthesis
 from .risk import check_samples
 
@@ -56,9 +58,12 @@ def convert(
     threshold_search: SearchKind | None = None,
     max_loss: float = 0.005,
     macs: float | None = None,
+    latency: float | None = None,
     risk: float | None = None,
     confidence: float = 0.9,
     risk_of: RiskKind = "disagreement",
+    cost: Cost | None = None,
+    latency_batch: int = 1,
     fallback: Fallback = "final",
     seed: int = 0,
     mixed_precision: str | None = None,
@@ -93,8 +98,10 @@ def convert(
         threshold_search: "grid", "genetic" or "quota" (`choose_policy`).
         max_loss: accuracy (0..1) that may be lost, on unseen samples (see `slack`), against the static model or, where
             training the trunk made it better, against the final exit.
-        macs: instead, a budget: mean MACs as a share of the static model's.
+        macs, latency: instead, a budget: mean MACs, or mean milliseconds, as a share of the static model's.
         risk, confidence, risk_of: instead, a rate promised for unseen samples with that probability (`choose_policy`).
+        cost: what thresholds, and the search for exits, are to save: "macs", or "latency" as measured on this device at
+            `latency_batch` samples per call; None = what the budget is of, else MACs.
         fallback: who answers samples that no exit is sure of: the "final" exit or the "ensemble" of all.
         mixed_precision, device, run_dir, resume, progress: see `trainer.fit`.
 
@@ -103,10 +110,11 @@ def convert(
         DynCompressError: the training failed.
     """
     leaving: dict[str, Any] = {
-        "rule": rule, "threshold_search": threshold_search, "max_loss": max_loss, "macs": macs, "risk": risk,
-        "confidence": confidence, "risk_of": risk_of, "fallback": fallback,
+        "rule": rule, "threshold_search": threshold_search, "max_loss": max_loss, "macs": macs, "latency": latency,
+        "risk": risk, "confidence": confidence, "risk_of": risk_of, "cost": cost, "latency_batch": latency_batch,
+        "fallback": fallback,
     }  # fmt: skip
-    check_goal(**leaving)
+    goal = Goal(**leaving)
     check_recipe(recipe, freeze_trunk, head)
     if data is None:
         check_without_data(recipe, freeze_trunk, risk, shots)
@@ -141,7 +149,7 @@ def convert(
         report["exits"] = measure_exits(dynamic, calibration, device=device)
     else:
         if exits == SEARCH:
-            dynamic, found = search_exits(dynamic, calibration, max_loss=max_loss, macs=macs, device=device)
+            dynamic, found = search_exits(dynamic, calibration, goal, device=device)
             report["exit_search"] = found
         policy = {**leaving, "static_logits": static_logits, "seed": seed, "device": device, "progress": progress}
         report |= choose_policy(dynamic, calibration, **policy)

@@ -1,6 +1,6 @@
 """Which exits are worth having, once heads are trained at every candidate place.
 
-An exit is kept when the best thresholds with it beat the best without it by more than a call costs beyond its MACs: a
+An exit is kept when the best thresholds with it beat the best without it by a margin: a
 head that is too dear, or answers too few, does not. Greedy: the exit that gains most is added until none gains enough,
 then each is left out again that no longer does. An exit that is not kept costs nothing.
 """
@@ -13,65 +13,61 @@ import torch
 
 from ..errors import RequestError
 from ..passes.exits import keep_exits
-from ..passes.stages import split_stages
 from ..runtime.dynamic import DynamicModel
+from ..runtime.policy import ExitPolicy
 from .batches import LabelledData
 from .calibrate import calibrate_exits
-from .distill import UNLABELLED
-from .evaluate import collect_logits
+from .call_costs import time_costs
+from .candidates import collect_cached
+from .goals import Goal
 from .thresholds import OperatingPoint, ThresholdSearch
 
-_GAIN_MACS, _GAIN_ACCURACY = 0.01, 0.001  # shares of the static model's MACs, of the samples
+_GAIN_COST, _GAIN_ACCURACY = 0.01, 0.001  # shares of the static model's cost, of the samples
 
-Value = tuple[float, float]  # to be as small as possible: what is asked for, as a share, and the mean MACs
+Value = tuple[float, float]  # to be as small as possible: what is asked for, as a share, and the mean cost
 
 
 def search_exits(
     dynamic: DynamicModel,
     calibration: LabelledData,
+    goal: Goal,
     *,
-    max_loss: float = 0.005,
-    macs: float | None = None,
-    rule: str = "max-softmax",
     device: torch.device | str | None = None,
 ) -> tuple[DynamicModel, dict[str, Any]]:
     """The model with the exits that are worth having, and the report: candidates and, by node, what was kept.
 
     Args:
-        max_loss: accuracy (0..1) that may be lost against the final exit, at the least mean MACs.
-        macs: instead, mean MACs as a share of the static model's, at the best accuracy.
-        rule: one without memory; an exit gains 1 % of the static model's MACs, or 0.1 points of accuracy, or goes.
+        goal: accuracy that may be lost against the final exit at the least cost, or a budget at the best accuracy. An
+            exit gains 1 % of the static model's cost, or 0.1 points of accuracy, or goes. Leaving is by max-softmax.
 
     Raises:
         RequestError: no exit is worth its head.
     """
-    logits, labels = collect_logits(dynamic, calibration, device=device)
-    logits = tuple(z[labels != UNLABELLED] for z in logits)
-    labels = labels[labels != UNLABELLED]
-    temperatures = [c.temperature for c in calibrate_exits(logits[:-1], labels)]
-    calibrated = [z / t for z, t in zip(logits, (*temperatures, 1.0), strict=True)]
-    *stages, last = split_stages(dynamic.trunk)
-    spent = list(accumulate(stage.macs for stage in stages))
-    total = spent[-1] + last.macs
-    full = float((logits[-1].argmax(-1) == labels).double().mean())
+    cached, budget = collect_cached(dynamic, calibration, device), goal.budget
+    temperatures = [c.temperature for c in calibrate_exits(cached.logits[:-1], cached.labels)]
+    calibrated = [z / t for z, t in zip(cached.logits, (*temperatures, 1.0), strict=True)]
+    if goal.least == "latency":
+        policy = ExitPolicy("max-softmax", (1.0,) * len(temperatures))
+        cached = cached.timed(time_costs(dynamic, calibration, policy, batch=goal.latency_batch, device=device))
+    *spent, total = accumulate(cached.stage_macs)
+    full = float(cached.right[-1].mean())
 
     def value(kept: Sequence[int]) -> Value:
         if not kept:
-            return (1.0, 1.0) if macs is None else (-full if macs >= 1 else 0.0, 1.0)
+            return (1.0, 1.0) if budget is None else (-full if budget >= 1 else 0.0, 1.0)
         bounds = [0, *(spent[k] for k in kept), total]
         search = ThresholdSearch(
             [*(calibrated[k] for k in kept), calibrated[-1]],
-            labels,
+            cached.labels,
             [b - a for a, b in pairwise(bounds)],
-            [stages[k].head_macs for k in kept],
-            rule,
+            [cached.head_macs[k] for k in kept],
         )
-        point = _point(search, full - max_loss, None if macs is None else macs * total)
+        point = _point(search, full - goal.max_loss, None if budget is None else budget * total)
         if point is None:
             return (0.0, 1.0)
-        return (point.mean_macs / total if macs is None else -point.accuracy, point.mean_macs / total)
+        return (point.mean_macs / total if budget is None else -point.accuracy, point.mean_macs / total)
 
-    kept = choose_subset(len(stages), value, _GAIN_MACS if macs is None else _GAIN_ACCURACY)
+    kept = choose_subset(len(spent), value, _GAIN_COST if budget is None else _GAIN_ACCURACY)
     if not kept:
         raise RequestError(
             "no exit is worth its head: every one saves less than it costs at the accuracy asked; allow a larger "
@@ -82,8 +78,8 @@ def search_exits(
     report = {
         "candidates": at,
         "kept": [at[k] for k in kept],
-        "mean_macs_share": mean,
-        "accuracy": None if macs is None else -reached,
+        f"mean_{goal.least}_share": mean,
+        "accuracy": None if budget is None else -reached,
     }
     return DynamicModel(keep_exits(dynamic.trunk, kept)).eval(), report
 

@@ -23,7 +23,7 @@ def bytes_per_sample(gm: fx.GraphModule) -> int:
 
 def blocks(n: int, bytes_per_sample: int, device: torch.device) -> list[slice]:
     """`n` samples, at least one, in as few blocks as the caches allow; no two differ by more than a sample."""
-    if device.type != "cpu":
+    if n <= _LEAST or device.type != "cpu":
         return [slice(0, n)]
     most = max(_LEAST, _BYTES * torch.get_num_threads() // max(bytes_per_sample, 1))
     count = math.ceil(n / most)

@@ -189,12 +189,18 @@ class Convert:
     """Accuracy, 0..1, that may be lost against the static model on the calibration split."""
     macs: float | None = None
     """Instead of max_loss a budget: mean MACs as a share of the static model's, 0..1."""
+    latency: float | None = None
+    """Instead of max_loss a budget: mean milliseconds on this device as a share of the static model's, 0..1."""
     risk: float | None = None
     """Instead of max_loss a rate, 0..1, promised for unseen data, such as 0.01, on half the calibration split."""
     confidence: float = 0.9
     """How sure that promise is, 0..1."""
     risk_of: Literal["disagreement", "accuracy-loss"] = "disagreement"
     """What is promised to be rare: other answers than the full model's, or accuracy lost against it."""
+    cost: Literal["macs", "latency"] | None = None
+    """What is to be saved; latency is measured on this device, where asking an exit takes time. By default MACs."""
+    latency_batch: int = 1
+    """Samples per call when latency is measured."""
     fallback: Literal["final", "ensemble"] = "final"
     """Who answers samples that no exit is sure of: the final exit, or the mean of all on the way."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
