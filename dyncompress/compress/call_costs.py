@@ -81,7 +81,7 @@ def _walk(pieces: Pieces, inputs: Any, policy: ExitPolicy, device: torch.device)
         found.append(clock.lap() / part.stop)
         if stage.head is not None:
             leaves, state = policy.decide(k, stage.head(values[stage.outputs.index(stage.at)]), state)
-            len(torch.nonzero(~leaves).flatten())
+            _ = leaves.item() if part.stop == 1 else len(torch.nonzero(~leaves).flatten())
             found.append(clock.lap() / part.stop)
     return found
 

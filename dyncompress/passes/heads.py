@@ -56,19 +56,22 @@ class ImageHead(ExitHead):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ..., channels, ...) features to (batch, classes) logits."""
-        mean, maximum = self._pooled(x.movedim(self.channel_dim, 1))
-        return self.linear(torch.lerp(mean, maximum, torch.sigmoid(self.mix)))
+        if self.channel_dim != 1:
+            x = x.movedim(self.channel_dim, 1)
+        mean, maximum = self._pooled(x)
+        return self.linear(torch.lerp(mean, maximum, torch.sigmoid(self.mix)).flatten(1))
 
     def _pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and maximum of every cell. At batch 1 each call here takes longer than its arithmetic."""
         if self.grid == 1:
             space = list(range(2, x.dim()))
             return x.mean(space), x.amax(space)
-        window = [side // self.grid for side in x.shape[2:]]
-        mean = F.avg_pool2d(x, window).flatten(1)
+        batch, channels, height, width = x.shape
+        mean = F.avg_pool2d(x, (height // self.grid, width // self.grid))
         if self.by_windows:
-            return mean, F.max_pool2d(x, window).flatten(1)
-        rows = x.unflatten(2, (self.grid, -1))  # two steps: faster on a CPU than the maximum of a window
-        return mean, rows.amax(3).unflatten(3, (self.grid, -1)).amax(4).flatten(1)
+            return mean, F.max_pool2d(x, (height // self.grid, width // self.grid))
+        rows = x.reshape(batch, channels, self.grid, -1, width).amax(3)  # two steps: faster on a CPU than a window
+        return mean, rows.reshape(batch, channels, self.grid, self.grid, -1).amax(4)
 
 
 class TokenHead(ExitHead):

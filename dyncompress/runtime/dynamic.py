@@ -262,6 +262,11 @@ class DynamicModel(nn.Module):
             if k == len(on):
                 break
             leaves, state = policy.decide(k, z, state)
+            k += 1
+            if len(z) == 1:  # nothing to gather
+                if leaves.item():
+                    break
+                continue
             stay = torch.nonzero(~leaves).flatten()
             if len(stay) == 0:
                 break
@@ -272,7 +277,6 @@ class DynamicModel(nn.Module):
                     value.index_select(0, stay) if own else value
                     for value, own in zip(values, stage.per_sample, strict=True)
                 ]
-            k += 1
         return logits, exit_index
 
     def _no_logits(self) -> Tensor:
