@@ -149,3 +149,14 @@ def test_the_ensemble_may_be_asked_for(capfd: pytest.CaptureFixture[str]) -> Non
     x, labels = make_points()[1].tensors
     right = (model.predict(x).logits.argmax(-1) == labels).double().mean()
     assert report["dynamic"]["accuracy"] == pytest.approx(float(right))
+
+
+def test_thresholds_by_measured_time(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("convert", f"{__name__}:make_two", "--data", f"{__name__}:make_points", "--exits", "2", "--epochs", "1")
+    report = reported(capfd, *words, "--cost", "latency", "--latency-batch", "4", "--max-loss", "0.5")
+    costs = report["exit_costs"]
+    assert costs["batch"] == 4 and len(costs["stages_ms"]) == 3 and len(costs["heads_ms"]) == 2
+    assert 0 < costs["mean_ms"] <= sum(costs["stages_ms"]) + sum(costs["heads_ms"]) and costs["static_ms"] > 0
+    assert "thresholds by ms per sample at batch 4" in (Path(report["run_dir"]) / "table.txt").read_text()
+    assert run([*words, "--latency", "0.001"]) == 2
+    assert "within 0.001 of the static model's milliseconds, the least is" in capfd.readouterr().err

@@ -60,7 +60,7 @@ def write(
     ):
         report["curve"] = tradeoff(result, subject.data, subject.device)
         done = result.trunk.meta["info"]["convert"]
-        report["risk"] = done["risk"]
+        report["risk"], report["exit_costs"] = done["risk"], done["latency"]
         _draw(folder, report, first, name, done["exits"])
     for made in (folder / folders.STEPS).glob(f"*/{impression_store.FILE}"):
         inputs, classes, _ = zip(*impression_store.read_impressions(made)["batches"], strict=True)
@@ -137,11 +137,20 @@ def show(report: Mapping[str, Any], console: Console, *, verbose: bool = False) 
         console.print(report["gate"]["note"], soft_wrap=True, highlight=False)
     if report.get("risk"):
         console.print(_promise(report["risk"]))
+    if report.get("exit_costs"):
+        console.print(_expected(report["exit_costs"]))
     if "check" in report:
         show_check(report["check"], console)
     console.print(f"model: {report['model']}", soft_wrap=True, markup=False, highlight=False)
     if report["onnx"]:
         console.print(f"onnx: {report['onnx']}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _expected(costs: Mapping[str, Any]) -> str:
+    """One line: what thresholds were chosen by, in milliseconds per sample."""
+    heads = ", ".join(f"{ms:.2g}" for ms in costs["heads_ms"])
+    text = f"thresholds by ms per sample at batch {costs['batch']}: {costs['mean_ms']:.3g} expected"
+    return f"{text}, static {costs['static_ms']:.3g}; asking each exit takes {heads}"
 
 
 def _promise(risk: Mapping[str, Any]) -> str:

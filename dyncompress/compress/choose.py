@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RequestError
 from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import RULES, ExitPolicy, Fallback, OperatingPolicy
 from .batches import LabelledData
@@ -95,8 +96,7 @@ def choose_policy(
         promise = _promise(search, template, tuning, promising, risk, 1 - confidence, risk_of, seed)
         dynamic.policy = promise.policy
     else:
-        budget = goal.budget
-        point = _within_loss(search, static_right, max_loss) if budget is None else search.for_macs(budget * whole)
+        point = _within_loss(search, static_right, max_loss) if goal.budget is None else _within(search, goal, whole)
         dynamic.policy = replace(template, thresholds=point.thresholds)
     dynamic.table = _table(template, search.curve(), samples)
     report = _report(dynamic, samples, static_right, fitted)
@@ -165,6 +165,18 @@ def _within_loss(search: Search, static_right: Tensor, max_loss: float) -> Opera
     static_accuracy = float(static_right.double().mean())
     target = static_accuracy - held_out_slack(search, static_right, max_loss)
     return search.for_accuracy(max(static_accuracy - max_loss, min(target, search.best_accuracy)))
+
+
+def _within(search: Search, goal: Goal, whole: float) -> OperatingPoint:
+    """Within the goal's share of what the static model costs."""
+    budget, least = goal.budget or 0.0, search.least / whole
+    if least > budget:
+        what = "MACs" if goal.least == "macs" else "milliseconds"
+        raise RequestError(
+            f"no thresholds keep the mean within {budget:g} of the static model's {what}, the least is {least:.2f}: "
+            "allow more or put the first exit earlier"
+        )
+    return search.for_macs(budget * whole)
 
 
 def _promise(

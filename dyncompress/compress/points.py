@@ -75,6 +75,11 @@ class Search(ABC):
         """The highest accuracy (0..1) that can be reached."""
         return float(self._tables[0].max() / self.samples)
 
+    @property
+    def least(self) -> float:
+        """The least mean MACs that can be reached."""
+        return float(self._tables[1].min() / self.samples)
+
     def for_accuracy(self, accuracy: float) -> OperatingPoint:
         """The least mean MACs with at least this accuracy (0..1).
 
@@ -96,10 +101,9 @@ class Search(ABC):
             RequestError: every choice costs more; the message says what is possible.
         """
         limit = macs * self.samples * (1 + 1e-9)
-        least = self._tables[1].min()
-        if least > limit:
+        if self.least * self.samples > limit:
             raise RequestError(
-                f"no thresholds keep the mean within {macs:.0f} MACs, the least is {least / self.samples:.0f}: "
+                f"no thresholds keep the mean within {macs:.0f} MACs, the least is {self.least:.0f}: "
                 "allow more or put the first exit earlier"
             )
         return self._search(lambda right, macs: (np.where(macs <= limit, -right, np.inf), macs))
