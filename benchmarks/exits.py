@@ -86,7 +86,7 @@ def _times(net: nn.Module, dynamic: dc.DynamicModel, data: Any, test: Cached) ->
     fold = dc.FoldBatchNorm()
     static = fold(dc.capture(net, data.train[0][0][None].repeat(2, 1, 1, 1)).eval()).gm
     folded = dc.DynamicModel(fold(dynamic.trunk.eval()).gm, dynamic.policy)
-    part, whole = bytes_per_sample(static), dynamic.static_macs
+    part, whole = bytes_per_sample(static, static.meta), dynamic.static_macs
 
     def blocked(x: Tensor) -> None:
         for rows in blocks(len(x), part, x.device):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..passes.capture import split_inputs
-from ..runtime.cache_blocks import blocks
 from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import ExitPolicy
 from ..runtime.running import Pieces
@@ -66,7 +65,7 @@ def _walk(pieces: Pieces, inputs: Any, policy: ExitPolicy, device: torch.device)
     """Milliseconds per sample: static model, first stage, first head, second stage, ..., last stage."""
     args, kwargs = split_inputs(inputs)
     values, n = pieces.calls.read(args, kwargs)
-    part = blocks(n, pieces.bytes_per_sample, device)[0]
+    part = pieces.blocks(0, n, (True,) * (len(pieces.stages) - 1), device)[0]
     values = [x[part] if own else x for x, own in zip(values, pieces.per_sample, strict=True)]
     clock = _Clock(device)
     pieces.static(*args, **kwargs)

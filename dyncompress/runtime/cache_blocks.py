@@ -5,6 +5,8 @@ would read its weights too often.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,17 +15,22 @@ from torch.utils import _pytree as pytree
 _BYTES, _LEAST = 4 * 2**20, 32
 
 
-def bytes_per_sample(gm: fx.GraphModule) -> int:
-    """Bytes of the largest value that a captured graph computes, for one sample of the size it was captured with."""
-    batch = next(spec["shape"][0] for spec in gm.meta["inputs"] if 0 in spec.get("dynamic", ()))
+def bytes_per_sample(gm: fx.GraphModule, meta: Mapping[str, Any]) -> int:
+    """Bytes of the largest value a graph computes, for one sample of the size in the `meta` of the captured graph."""
+    batch = next(spec["shape"][0] for spec in meta["inputs"] if 0 in spec.get("dynamic", ()))
     computed = [node.meta.get("val") for node in gm.graph.nodes if node.op in ("call_module", "call_function")]
     tensors = [value for value in pytree.tree_leaves(computed) if isinstance(value, Tensor)]
     return max((tensor.numel() * tensor.element_size() // batch for tensor in tensors), default=0)
 
 
+def fits_at_once(n: int, device: torch.device) -> bool:
+    """Whether there is nothing to divide, whatever a sample takes."""
+    return n <= _LEAST or device.type != "cpu"
+
+
 def blocks(n: int, bytes_per_sample: int, device: torch.device) -> list[slice]:
     """`n` samples, at least one, in as few blocks as the caches allow; no two differ by more than a sample."""
-    if n <= _LEAST or device.type != "cpu":
+    if fits_at_once(n, device):
         return [slice(0, n)]
     most = max(_LEAST, _BYTES * torch.get_num_threads() // max(bytes_per_sample, 1))
     count = math.ceil(n / most)

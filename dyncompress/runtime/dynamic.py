@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 from ..errors import RequestError
 from ..passes.capture import Inputs, split_inputs
 from .arrivals import as_asked_for, as_they_come
-from .cache_blocks import blocks
 from .deadline import Deadline
 from .policy import ExitPolicy, OperatingPolicy, State, within_budget
 from .pool import Pools, run_stream
-from .running import GateCount, Pieces, Prediction
+from .running import Pieces, Prediction
+from .steps import Steps
 
 _BUILDING = Lock()
 
@@ -173,8 +173,9 @@ class DynamicModel(nn.Module):
             return Prediction(logits, nobody, macs, pieces.count(0, logits.device))
         with pieces.evaluating:
             if any(on) or pieces.gated:
-                logits, exit_index, count = self._run_blocks(pieces, flat, n, on, policy, deadline)
-                return Prediction(logits, exit_index, macs, count)
+                device = next(x.device for x in flat if isinstance(x, Tensor))
+                steps = Steps(pieces, on, policy, pieces.count(n, device), device)
+                return Prediction(*self._run_stages(steps, flat, n, deadline), macs, steps.count)
             logits = pieces.static(*args, **kwargs)
         return Prediction(logits, torch.full((n,), len(on), device=logits.device), macs)
 
@@ -214,70 +215,32 @@ class DynamicModel(nn.Module):
         """
         self._cached = self._pieces().compiled(**{"dynamic": True, **options})
 
-    def _run_blocks(
-        self, pieces: Pieces, flat: Sequence[Any], n: int, on: tuple[bool, ...], policy: ExitPolicy,
-        deadline: Deadline | None,
-    ) -> tuple[Tensor, Tensor, GateCount | None]:  # fmt: skip
-        """Logits (N, C), exit index (N,) and the gates' count; a deadline is for all samples at once."""
-        device = next(x.device for x in flat if isinstance(x, Tensor))
-        whole = pieces.count(n, device)
-        parts = blocks(n, pieces.bytes_per_sample, device) if deadline is None else [slice(0, n)]
-        if len(parts) == 1:
-            return *self._run_stages(pieces, flat, on, policy, deadline, whole), whole
-        answers = []
-        for part in parts:
-            values = [x[part] if own else x for x, own in zip(flat, pieces.per_sample, strict=True)]
-            count = pieces.count(part.stop - part.start, device)
-            answers.append(self._run_stages(pieces, values, on, policy, None, count))
-            if whole is not None and count is not None:
-                whole.join(part.start, count)
-        logits, exit_index = (torch.cat(each) for each in zip(*answers, strict=True))
-        return logits, exit_index, whole
-
     def _run_stages(
-        self, pieces: Pieces, values: Sequence[Any], on: tuple[bool, ...], policy: ExitPolicy,
-        deadline: Deadline | None, count: GateCount | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, steps: Steps, values: Sequence[Any], n: int, deadline: Deadline | None
+    ) -> tuple[Tensor, Tensor]:
         """Logits (N, C) and exit index (N,); `rows` are the undecided samples' places in the batch, None: all."""
-        k, done_macs = 0, 0
+        run = steps.in_blocks if deadline is None else steps.at_once  # a deadline is for all samples
+        stages, done_macs, k = steps.pieces.stages, 0, 0
         logits = exit_index = torch.empty(0)
         rows: Tensor | None = None
         state: State = ()
         while True:
-            if deadline is not None and k > 0:
-                next_macs = pieces.stages[k].macs + pieces.stages[k].head_macs
-                if not deadline.allows(done_macs, next_macs * (len(logits) if rows is None else len(rows))):
-                    so_far = policy.unsure(logits if rows is None else logits[rows], state, final=False)
-                    return so_far if rows is None else logits.index_copy(0, rows, so_far), exit_index
-            k, z, values = pieces.run_to_exit(k, values, on, count, rows)
-            stage = pieces.stages[k]
-            done_macs += len(z) * (stage.macs + stage.head_macs)
-            if k == len(on):
-                z = policy.unsure(z, state)
+            next_macs = n * (stages[k].macs + stages[k].head_macs)
+            if deadline is not None and k > 0 and not deadline.allows(done_macs, next_macs):
+                so_far = steps.policy.unsure(logits if rows is None else logits[rows], state, final=False)
+                return so_far if rows is None else logits.index_copy(0, rows, so_far), exit_index
+            k, z, stay, values, state = run(k, values, n, state, rows)
+            done_macs += next_macs
             if rows is None:
-                logits, exit_index = z, torch.full((len(z),), k, device=z.device)
+                logits, exit_index = z, torch.full((n,), k, device=z.device)
             else:  # those who stay are overwritten later
                 logits.index_copy_(0, rows, z.to(logits.dtype))
                 exit_index.index_fill_(0, rows, k)
-            if k == len(on):
-                break
-            leaves, state = policy.decide(k, z, state)
+            if stay is not None:
+                rows, n = stay if rows is None else rows.index_select(0, stay), len(stay)
+                if n == 0:
+                    return logits, exit_index
             k += 1
-            if len(z) == 1:  # nothing to gather
-                if leaves.item():
-                    break
-                continue
-            stay = torch.nonzero(~leaves).flatten()
-            if len(stay) == 0:
-                break
-            if len(stay) < len(z):
-                rows = stay if rows is None else rows.index_select(0, stay)
-                state = tuple(remembered.index_select(0, stay) for remembered in state)
-                values = [
-                    value.index_select(0, stay) if own else value
-                    for value, own in zip(values, stage.per_sample, strict=True)
-                ]
-        return logits, exit_index
 
     def _no_logits(self) -> Tensor:
         return next(self.trunk.parameters()).new_empty((0, *self._answer.shape[1:]), requires_grad=False)

@@ -16,7 +16,7 @@ from ..passes.cost import count_macs
 from ..passes.gated import GatedBranch
 from ..passes.modes import evaluating
 from ..passes.stages import Stage, split_stages, without_exits
-from .cache_blocks import bytes_per_sample
+from .cache_blocks import blocks, bytes_per_sample, fits_at_once
 from .inputs import CallReader
 from .lean import make_lean
 
@@ -45,11 +45,6 @@ class GateCount:
             saved = (~decided).long() * torch.tensor(self._macs[stage], device=self._device)
             skipped.index_add_(0, where, saved.sum(1))
         return gates, skipped
-
-    def join(self, begin: int, other: "GateCount") -> None:
-        """What another count noted for all its samples goes to those from `begin` on."""
-        here = torch.arange(begin, begin + other._n, device=self._device)
-        self._noted += [(stage, opened, here if rows is None else here[rows]) for stage, opened, rows in other._noted]
 
     def add(self, i: int, other: "GateCount", row: int) -> None:
         """What another count noted for its sample `row` goes to the sample `i`."""
@@ -100,7 +95,7 @@ class Pieces:
         self.stages: list[Stage] = split_stages(trunk)
         self.static_macs = count_macs(self.static)
         self.calls = CallReader(trunk)
-        self.bytes_per_sample = bytes_per_sample(trunk)
+        self._bytes = [bytes_per_sample(stage.body, trunk.meta) for stage in self.stages]
         self.per_sample = [0 in spec.get("dynamic", ()) for spec in trunk.meta["inputs"]]
         self.evaluating = _Modes(trunk)
         for piece in (self.static, *(stage.body for stage in self.stages)):
@@ -131,6 +126,13 @@ class Pieces:
             each = [s.macs + computed * s.head_macs for s, computed in zip(self.stages, [*on, False], strict=True)]
             self._macs[on] = tuple(accumulate(each))
         return self._macs[on]
+
+    def blocks(self, k: int, n: int, on: tuple[bool, ...], device: torch.device) -> list[slice]:
+        """In which parts `n` samples had better run from stage `k` to the next exit that is on."""
+        if fits_at_once(n, device):
+            return [slice(0, n)]
+        end = next((j for j in range(k, len(on)) if on[j]), len(on))
+        return blocks(n, max(self._bytes[k : end + 1]), device)
 
     def count(self, n: int, device: torch.device) -> GateCount | None:
         """What counts the gates of `n` samples, where there are any."""
