@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from exit_models import CASES, ResNet, call, graph, logits_of, model, rows
 from gate_models import gated, gated_graph
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyncompress as dc
+from dyncompress.compress.candidates import collect_cached
 from dyncompress.passes.exits import InsertExits
 from dyncompress.passes.gated import deciding, graph_gates
 from dyncompress.passes.gates import GATES, InsertGates
@@ -110,6 +112,18 @@ def test_exits_and_gates_in_one_model(gate: str) -> None:
         dyn.predict(x)
     heads = sum(stage.head_macs for stage in dyn._pieces().stages)
     assert counter.get_total_flops() == 2 * int(answer.macs.sum()) and heads > 0
+
+
+def test_thresholds_count_what_gates_skip() -> None:
+    """By the mean of each stage: exact for all samples together, whatever exit they all leave at."""
+    gm = InsertExits(2)(gated_graph("resnet")).gm
+    dyn, x = DynamicModel(gm).eval(), CASES["resnet"].batch(40)
+    cached = collect_cached(dyn, TensorDataset(x, torch.zeros(40, dtype=torch.int64)))
+    for thresholds in ((None, None), (None, 0.0), (0.0, None)):
+        policy = dc.ExitPolicy("max-softmax", thresholds)
+        answer = dyn.with_policy(policy).predict(x)
+        assert cached.play(policy).mean_macs == pytest.approx(answer.macs.double().mean().item())
+        assert answer.macs.double().mean() < dyn._pieces().exit_macs(tuple(t is not None for t in thresholds))[-1]
 
 
 @pytest.mark.parametrize("gate", GATES)

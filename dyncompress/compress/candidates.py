@@ -16,13 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import RequestError
-from ..passes.stages import split_stages
+from ..passes.stages import Stage, split_stages
 from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import ExitPolicy
-from .batches import LabelledData
+from .batches import LabelledData, call, in_order
 from .call_costs import Costs
 from .distill import UNLABELLED
-from .evaluate import collect_logits
+from .evaluate import collect_logits, ready
 from .points import Floats, Ints, Objective, OperatingPoint, Search, exit_costs, lexargmin
 from .shares import quota_shares, thresholds_for_shares
 from .thresholds import ThresholdSearch
@@ -79,11 +79,29 @@ class Cached:
 
 
 def collect_cached(dynamic: DynamicModel, data: LabelledData, device: torch.device | str | None = None) -> Cached:
-    """The labelled samples of a data set, as `evaluate` takes it, with the costs of the model."""
+    """The labelled samples of a data set, as `evaluate` takes it, with the costs of the model.
+
+    A stage with skip gates costs what it does on average over the data.
+    """
     logits, labels = collect_logits(dynamic, data, device=device)
     stages = split_stages(dynamic.trunk)
-    everything = Cached(logits, labels, [s.macs for s in stages], [s.head_macs for s in stages[:-1]])
+    saved = _mean_skipped(dynamic, stages, data, device)
+    spent = [stage.macs - skipped for stage, skipped in zip(stages, saved, strict=True)]
+    everything = Cached(logits, labels, spent, [s.head_macs for s in stages[:-1]])
     return everything.rows(labels != UNLABELLED)
+
+
+def _mean_skipped(
+    dynamic: DynamicModel, stages: Sequence[Stage], data: LabelledData, device: torch.device | str | None
+) -> list[float]:
+    """MACs of the branches that closed gates save, by stage: the mean over the samples, all of which run to the end."""
+    if not dynamic.gates:
+        return [0.0] * len(stages)
+    whole = dynamic.with_policy(ExitPolicy.never(len(dynamic.exits)))
+    with ready(whole, device) as where:
+        ran = torch.cat([call(whole.predict, inputs).gates.cpu() for inputs, _ in in_order(data, 256, where)])
+    closed = iter((~ran).double().mean(0).tolist())
+    return [sum(next(closed) * macs for macs in stage.branch_macs) for stage in stages]
 
 
 class Candidates(Search):
