@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import RequestError
 from ..passes.capture import split_inputs
 from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import ExitPolicy
@@ -47,11 +46,9 @@ def time_costs(
     """Measured on the first samples of a data set; `policy` decides, whatever its thresholds.
 
     Raises:
-        RequestError: no data, or a batch of no samples.
+        RequestError: no data.
     """
-    if batch < 1:
-        raise RequestError(f"latency_batch is {batch}: give at least 1")
-    pieces = Pieces(dynamic.trunk)
+    pieces = dynamic._pieces()  # compiled, if the model is
     rows: list[list[float]] = []
     with ready(dynamic, device) as where:
         for inputs in latency_inputs(data, {batch: max(_LEAST, _SAMPLES // batch)}, where)[batch]:
