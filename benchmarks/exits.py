@@ -9,20 +9,24 @@ split; budgets are met there, too. Everything else is of the test split. Times a
 thread, both with batch norms folded and taking turns, of the same 1, 16 or 256 test images a call, whose own share of
 the MACs over that of the time is `realised`. `predict` takes 256 images in blocks that fit the cache; `blocked` is the
 static network in such blocks. `by_latency`: thresholds for the same half point, but the least measured milliseconds at
-that batch size in place of the fewest MACs. What is measured is not measured again.
+that batch size in place of the fewest MACs. `onnxruntime`: the exported files of the same models, its own thread one.
+What is measured is not measured again, what is trained stays in --out.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import onnxruntime
 import torch
 from common import AMP, BATCH, FIRST, LR, SGD, check_setting, header, read, start, write
 from data import splits
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import dyncompress as dc
 from dyncompress.compress.candidates import Cached, collect_cached
@@ -53,12 +57,22 @@ def trained(name: str, seed: int, data: Any, out: Path) -> nn.Module:
     return net.eval()
 
 
-def measure(net: nn.Module, recipe: str, joint: bool, data: Any, seed: int) -> dict[str, Any]:
-    """One recipe on one network."""
+def converted(net: nn.Module, recipe: str, joint: bool, data: Any, seed: int, file: Path) -> dc.DynamicModel:
+    """The network with the recipe's exits, from its file where there is one."""
+    if file.exists():
+        loaded = dc.load(file)
+        assert isinstance(loaded, dc.DynamicModel)
+        return loaded
     dynamic = dc.convert(
         net, exits=EXITS, data=data, recipe=recipe, epochs=EPOCHS, freeze_trunk=not joint, trunk_lr=TRUNK_LR, seed=seed,
         mixed_precision=AMP, device="cpu", head="cascade" if recipe == "ztw" else "auto",
     )  # fmt: skip
+    dc.save(dynamic, file)
+    return dynamic
+
+
+def measure(net: nn.Module, dynamic: dc.DynamicModel, data: Any) -> dict[str, Any]:
+    """One recipe on one network."""
     tuning, test = (collect_cached(dynamic, part) for part in (data.calibration, data.test))
     policy, whole = dynamic.policy, dynamic.static_macs
     search = tuning.grid(policy)
@@ -110,8 +124,32 @@ def _times(net: nn.Module, dynamic: dc.DynamicModel, data: Any, test: Cached) ->
                 "shares": [round(share, 4) for share in played.shares],
                 **_realised(fastest, inputs[batch], taken["by_latency"] / taken["static"], whole),
             },
+            "onnxruntime": _in_onnxruntime(static, fastest, inputs, batch),
         }
     return found
+
+
+def _in_onnxruntime(
+    static: fx.GraphModule, model: dc.DynamicModel, inputs: dict[int, list[Tensor]], batch: int
+) -> dict[str, float]:
+    """The same comparison of the two exported files."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    runs = {}
+    with TemporaryDirectory() as folder:
+        for name, made in (("static", static), ("dynamic", model)):
+            dc.export_onnx(made, Path(folder) / f"{name}.onnx")
+            session = onnxruntime.InferenceSession(
+                Path(folder) / f"{name}.onnx", options, providers=["CPUExecutionProvider"]
+            )
+            runs[name] = partial(_run, session)
+        taken = measure_latency(runs, inputs, REPEATS)
+    time = taken["dynamic"][batch] / taken["static"][batch]
+    return {"static_ms": round(taken["static"][batch], 2)} | _realised(model, inputs[batch], time, model.static_macs)
+
+
+def _run(session: onnxruntime.InferenceSession, x: Tensor) -> Any:
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})
 
 
 def _realised(model: dc.DynamicModel, images: Sequence[Tensor], time: float, whole: float) -> dict[str, float]:
@@ -143,10 +181,12 @@ def main() -> None:
         missing = [row for row in recipes if row[0] not in rows]
         if not missing:
             continue
-        net = trained(asked.net, seed, data, asked.out / f"{asked.data}-{asked.net}-{seed}")
+        out = asked.out / f"{asked.data}-{asked.net}-{seed}"
+        net = trained(asked.net, seed, data, out)
         rows.setdefault("static", {"accuracy": round(dc.evaluate(net, data.test, batch_size=250).accuracy, 4)})
         for name, recipe, joint in missing:
-            rows[name] = measure(net, recipe, joint, data, seed)
+            file = out / f"{name.replace(', ', '-')}.dyn.safetensors"
+            rows[name] = measure(net, converted(net, recipe, joint, data, seed, file), data)
             print(key, seed, name, json.dumps(rows[name]), flush=True)
             write(RESULTS, {**header("exits.py"), "setting": setting, "networks": nets})
 
