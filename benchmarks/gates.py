@@ -1,6 +1,6 @@
 """Skip gates on a residual network: the three kinds, random skipping, and a shallower network, at the same MACs.
 
-    python benchmarks/gates.py [--data fashion_mnist] [--depth 20] [--macs 0.65] [--seed 0] [--out FOLDER]
+    python benchmarks/gates.py [--data fashion_mnist] [--depth 20] [--macs 0.65] [--seed 0] [--rows gumbel ...]
                                                                               writes benchmarks/gates.json
 
 A network is trained (`resnet_sparsity.py`), and then, for as many epochs each on the same share of the training images:
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=0.65)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/gates"))
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     asked = start(parser)
     setting = {
         "epochs": [FIRST, EPOCHS], "share_of_images": SHARE, "lr": [LR, GATE_LR, MORE_LR], "trunk_lr": TRUNK_LR,
@@ -209,7 +210,7 @@ def main() -> None:
     check_setting(result, setting, RESULTS)
     rows = result["networks"].setdefault(f"{asked.data} resnet{asked.depth} seed {asked.seed}", {})
     bench = Bench(asked)
-    for name in ROWS:
+    for name in asked.rows:
         if name not in rows:
             rows[name] = bench.row(name)
             write(RESULTS, result)
