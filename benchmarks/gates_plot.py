@@ -21,8 +21,9 @@ CURVES = {
 
 
 def main() -> None:
-    """One row of panels for each network."""
+    """One row of panels for each network that has all the ways of training."""
     networks = json.loads(RESULTS.read_text())["networks"]
+    networks = {name: rows for name, rows in networks.items() if CURVES.keys() <= rows.keys()}
     figure = Figure(figsize=(10, 3.8 * len(networks)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(networks), 2, squeeze=False)
@@ -45,9 +46,8 @@ def draw_accuracy(axes: Axes, name: str, rows: dict[str, Any]) -> None:
 def draw_losses(axes: Axes, rows: dict[str, Any]) -> None:
     """One curve a way of training; at the sixth epoch the supervised half is over, and gates are drawn."""
     for kind, label in CURVES.items():
-        if kind in rows:
-            losses = rows[kind]["loss_by_epoch"]
-            axes.plot(range(1, len(losses) + 1), losses, "o-", label=label)
+        losses = rows[kind]["loss_by_epoch"]
+        axes.plot(range(1, len(losses) + 1), losses, "o-", label=label)
     axes.set(xlabel="epoch", ylabel="training loss", title="SkipNet gates")
     axes.legend(fontsize=8)
 
