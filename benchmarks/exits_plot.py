@@ -1,0 +1,48 @@
+"""Draws exits.json as exits.png: accuracy against mean MACs of every recipe, the mean over the seeds that have it.
+
+python benchmarks/exits_plot.py
+"""
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).with_name("exits.json")
+
+
+def main() -> None:
+    """A panel for each network."""
+    networks = json.loads(RESULTS.read_text())["networks"]
+    figure = Figure(figsize=(4.6 * len(networks), 4.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, seeds) in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks.items(), strict=True):
+        draw(axes, name, list(seeds.values()))
+    figure.savefig(RESULTS.with_suffix(".png"))
+
+
+def draw(axes: Axes, name: str, seeds: list[dict[str, Any]]) -> None:
+    """One curve a recipe: budgets of MACs and, filled, the thresholds that may lose half a point."""
+    axes.axhline(100 * fmean(rows["static"]["accuracy"] for rows in seeds), color="grey", ls="--", lw=1, label="static")
+    for i, recipe in enumerate(dict.fromkeys(recipe for rows in seeds for recipe in rows if recipe != "static")):
+        rows = [seed[recipe] for seed in seeds if recipe in seed]
+        points = [mean_point(rows), *(mean_point([row["at_budget"][b] for row in rows]) for b in rows[0]["at_budget"])]
+        label = recipe if len(rows) == 1 else f"{recipe}, {len(rows)} seeds"
+        axes.plot(*zip(*sorted(points), strict=True), "o-", color=f"C{i}", mfc="white", label=label)
+        axes.plot(*points[0], "o", color=f"C{i}", ms=8)
+    axes.set(xlabel="mean MACs, share of the static network's", ylabel="test accuracy (%)", title=name)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def mean_point(rows: list[dict[str, float]]) -> tuple[float, float]:
+    """MACs, and accuracy in percent."""
+    return fmean(row["mean_macs"] for row in rows), 100 * fmean(row["accuracy"] for row in rows)
+
+
+if __name__ == "__main__":
+    main()
