@@ -17,16 +17,15 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import onnxruntime
 import torch
 from common import AMP, BATCH, FIRST, LR, SGD, check_setting, header, read, start, write
 from data import splits
-from torch import Tensor, fx, nn
+from exported import in_onnxruntime
+from torch import Tensor, nn
 
 import dyncompress as dc
 from dyncompress.compress.candidates import Cached, collect_cached
@@ -113,48 +112,37 @@ def _times(net: nn.Module, dynamic: dc.DynamicModel, data: Any, test: Cached) ->
         inputs = latency_inputs(data.test, {batch: count})
         models = {"static": static, "dynamic": folded.predict, "by_latency": fastest.predict, "blocked": blocked}
         taken = {name: by_batch[batch] for name, by_batch in measure_latency(models, inputs, REPEATS).items()}
+        with TemporaryDirectory() as folder:
+            files = in_onnxruntime({"static": static, "dynamic": fastest}, folder)
+            exported = {name: by_batch[batch] for name, by_batch in measure_latency(files, inputs, REPEATS).items()}
+        spent = _spent(fastest, inputs[batch])
         played = test.play(fastest.policy)
         found[str(batch)] = {
             "static_ms": round(taken["static"], 2),
-            **_realised(folded, inputs[batch], taken["dynamic"] / taken["static"], whole),
+            **_realised(_spent(folded, inputs[batch]), taken["dynamic"], taken["static"]),
             "blocked": round(taken["blocked"] / taken["static"], 3),
             "by_latency": {
                 "accuracy": round(played.accuracy, 4),
                 "mean_macs": round(played.mean_macs / whole, 4),
                 "shares": [round(share, 4) for share in played.shares],
-                **_realised(fastest, inputs[batch], taken["by_latency"] / taken["static"], whole),
+                **_realised(spent, taken["by_latency"], taken["static"]),
             },
-            "onnxruntime": _in_onnxruntime(static, fastest, inputs, batch),
+            "onnxruntime": {
+                "static_ms": round(exported["static"], 2),
+                **_realised(spent, exported["dynamic"], exported["static"]),
+            },
         }
     return found
 
 
-def _in_onnxruntime(
-    static: fx.GraphModule, model: dc.DynamicModel, inputs: dict[int, list[Tensor]], batch: int
-) -> dict[str, float]:
-    """The same comparison of the two exported files."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    runs = {}
-    with TemporaryDirectory() as folder:
-        for name, made in (("static", static), ("dynamic", model)):
-            dc.export_onnx(made, Path(folder) / f"{name}.onnx")
-            session = onnxruntime.InferenceSession(
-                Path(folder) / f"{name}.onnx", options, providers=["CPUExecutionProvider"]
-            )
-            runs[name] = partial(_run, session)
-        taken = measure_latency(runs, inputs, REPEATS)
-    time = taken["dynamic"][batch] / taken["static"][batch]
-    return {"static_ms": round(taken["static"][batch], 2)} | _realised(model, inputs[batch], time, model.static_macs)
+def _spent(model: dc.DynamicModel, images: Sequence[Tensor]) -> float:
+    """Mean MACs on the images, as a share of the static network's."""
+    return sum(float(model.predict(x).macs.double().mean()) for x in images) / len(images) / model.static_macs
 
 
-def _run(session: onnxruntime.InferenceSession, x: Tensor) -> Any:
-    return session.run(None, {session.get_inputs()[0].name: x.numpy()})
-
-
-def _realised(model: dc.DynamicModel, images: Sequence[Tensor], time: float, whole: float) -> dict[str, float]:
+def _realised(macs: float, ours: float, static: float) -> dict[str, float]:
     """Shares of the static network's time and of its MACs on the same images, and how much of the latter was gained."""
-    macs = sum(float(model.predict(x).macs.double().mean()) for x in images) / len(images) / whole
+    time = ours / static
     return {"time": round(time, 3), "macs": round(macs, 3), "realised": round(macs / time, 3)}
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import onnxruntime
 import torch
 from data import available, splits
+from exported import in_onnxruntime
 from torch import Tensor, nn
 from vs_torch_pruning import write
 
@@ -117,7 +118,9 @@ def measure(static: nn.Module, dynamic: dc.DynamicModel, data: Splits) -> dict[s
         }
     pytorch = {"static": static, "dynamic": dynamic.predict, "all leave": alone[0].predict}
     rows["pytorch"] = times(pytorch, data)
-    rows["onnxruntime"] = in_onnxruntime({"static": alone[1], "dynamic": dynamic, "all leave": alone[0]}, data)
+    with TemporaryDirectory() as folder:
+        exported = {"static": alone[1], "dynamic": dynamic, "all leave": alone[0]}
+        rows["onnxruntime"] = times(in_onnxruntime(exported, folder, ["logits"]), data)
     return rows
 
 
@@ -140,24 +143,6 @@ def least_ms(models: dict[str, Callable[..., Any]], size: int, batches: list[Any
         for name in models:
             ms[name] += min(row[name][size] for row in taken) / len(batches)
     return ms
-
-
-def in_onnxruntime(models: dict[str, dc.DynamicModel], data: Splits) -> dict[str, Any]:
-    """The same of the exported networks."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    with TemporaryDirectory() as folder:
-        runs: dict[str, Callable[..., Any]] = {}
-        for name, model in models.items():
-            path = Path(folder) / f"{name}.onnx"
-            dc.export_onnx(model, path)
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            runs[name] = partial(_run, session, session.get_inputs()[0].name)
-        return times(runs, data)
-
-
-def _run(session: onnxruntime.InferenceSession, name: str, x: Tensor) -> Any:
-    return session.run(["logits"], {name: x.numpy()})
 
 
 def main() -> None:

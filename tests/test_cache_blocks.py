@@ -56,7 +56,9 @@ def test_the_answers_are_those_of_one_batch(name: str, gates: bool, small: list[
     scores = torch.cat([z.softmax(-1).amax(-1) for z in call(dyn.all_logits, x)[:-1]])
     dyn.policy = ExitPolicy("max-softmax", (float(scores.quantile(0.55)),) * 2, (1.0, 1.0))
     found = call(dyn.predict, x)
-    assert len(small[0]) == 5 and len(set(found.exit_index.tolist())) > 1
+    stayed = [int((found.exit_index >= k).sum()) for k in range(3)]
+    assert [len(parts) for parts in small] == [-(-n // 5) for n in stayed if n] and len(small[0]) == 5
+    assert [parts[-1].stop for parts in small] == [n for n in stayed if n] and len(set(found.exit_index.tolist())) > 1
     for i in range(23):
         alone = call(dyn.predict, rows(x, slice(i, i + 1)))
         assert found.exit_index[i] == alone.exit_index and found.macs[i] == alone.macs

@@ -19,7 +19,7 @@ from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import ExitPolicy
 from ..runtime.running import Pieces
 from .batches import LabelledData
-from .evaluate import latency_inputs, ready
+from .evaluate import latency_inputs, ready, wait_for
 
 Cost = Literal["macs", "latency"]
 
@@ -90,8 +90,7 @@ class _Clock:
         self._begin = self._now()
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)
         return perf_counter()
 
     def lap(self) -> float:

@@ -93,7 +93,7 @@ def choose_policy(
     static_right = _static_right(samples, static_logits)
     promise: RiskControl | None = None
     if risk is not None and promising is not None:
-        promise = _promise(search, template, tuning, promising, risk, 1 - confidence, risk_of, seed)
+        promise = _promise(search, template, tuning, promising, goal, risk, seed)
         dynamic.policy = promise.policy
     else:
         point = _within_loss(search, static_right, max_loss) if goal.budget is None else _within(search, goal, whole)
@@ -169,28 +169,28 @@ def _within_loss(search: Search, static_right: Tensor, max_loss: float) -> Opera
 
 def _within(search: Search, goal: Goal, whole: float) -> OperatingPoint:
     """Within the goal's share of what the static model costs."""
-    budget, least = goal.budget or 0.0, search.least / whole
-    if least > budget * (1 + 1e-9):
-        what = "MACs" if goal.least == "macs" else "milliseconds"
+    budget, what = goal.budget or 0.0, "MACs" if goal.least == "macs" else "milliseconds"
+    try:
+        return search.for_macs(budget * whole)
+    except RequestError as error:
         raise RequestError(
-            f"no thresholds keep the mean within {budget:g} of the static model's {what}, the least is {least:.2f}: "
-            "allow more or put the first exit earlier"
-        )
-    return search.for_macs(budget * whole)
+            f"no thresholds keep the mean within {budget:g} of the static model's {what}, the least is "
+            f"{search.least / whole:.2f}: allow more or put the first exit earlier"
+        ) from error
 
 
 def _promise(
-    search: Search, template: ExitPolicy, tuning: Cached, promising: Cached,
-    risk: float, delta: float, risk_of: RiskKind, seed: int,
-) -> RiskControl:  # fmt: skip
+    search: Search, template: ExitPolicy, tuning: Cached, promising: Cached, goal: Goal, risk: float, seed: int
+) -> RiskControl:
+    delta = 1 - goal.confidence
     by_macs = [replace(template, thresholds=point.thresholds) for point in search.curve(_PATH_POINTS)]
     path = risk_path(by_macs, tuning.logits)
-    labels = promising.labels if risk_of == "accuracy-loss" else None
+    labels = promising.labels if goal.risk_of == "accuracy-loss" else None
     promise = control_risk(promising.logits, labels, path, risk=risk, delta=delta, seed=seed)
     if all(threshold is None for threshold in promise.policy.thresholds):
         warnings.warn(
-            f"no exit keeps the risk of {risk:g} with confidence {1 - delta:g} on {promise.samples} samples, so all "
-            "are off: allow a larger risk, give more data or train the exits longer",
+            f"no exit keeps the risk of {risk:g} with confidence {goal.confidence:g} on {promise.samples} samples, so "
+            "all are off: allow a larger risk, give more data or train the exits longer",
             stacklevel=3,
         )
     return promise

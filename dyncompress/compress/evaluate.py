@@ -194,18 +194,20 @@ def measure_latency(
 
 def _side_by_side(models: Mapping[str, Callable[..., Any]], batch: Any, repeats: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in models}
+    devices = [leaf.device for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    device = next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
     for repeat in range(1 + repeats):
         for name, model in models.items():
-            _wait(batch)
+            wait_for(device)
             start = perf_counter()
             call(model, batch)
-            _wait(batch)
+            wait_for(device)
             if repeat:
                 times[name].append(1000 * (perf_counter() - start))
     return times
 
 
-def _wait(batch: Any) -> None:
+def wait_for(device: torch.device) -> None:
     """Lets the device finish what it was given."""
-    if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves(batch)):
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,8 +1,8 @@
 """Which exits are worth having, once heads are trained at every candidate place.
 
-An exit is kept when the best thresholds with it beat the best without it by a margin: a
-head that is too dear, or answers too few, does not. Greedy: the exit that gains most is added until none gains enough,
-then each is left out again that no longer does. An exit that is not kept costs nothing.
+An exit is kept when the best thresholds with it beat the best without it by a margin: a head that is too dear, or
+answers too few, does not. Greedy: the exit that gains most is added until none gains enough, then each is left out
+again that no longer does. An exit that is not kept costs nothing.
 """
 
 from collections.abc import Callable, Sequence

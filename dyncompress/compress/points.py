@@ -101,7 +101,7 @@ class Search(ABC):
             RequestError: every choice costs more; the message says what is possible.
         """
         limit = macs * self.samples * (1 + 1e-9)
-        if self.least * self.samples > limit:
+        if self._tables[1].min() > limit:
             raise RequestError(
                 f"no thresholds keep the mean within {macs:.0f} MACs, the least is {self.least:.0f}: "
                 "allow more or put the first exit earlier"

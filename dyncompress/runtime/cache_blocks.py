@@ -23,14 +23,9 @@ def bytes_per_sample(gm: fx.GraphModule, meta: Mapping[str, Any]) -> int:
     return max((tensor.numel() * tensor.element_size() // batch for tensor in tensors), default=0)
 
 
-def fits_at_once(n: int, device: torch.device) -> bool:
-    """Whether there is nothing to divide, whatever a sample takes."""
-    return n <= _LEAST or device.type != "cpu"
-
-
 def blocks(n: int, bytes_per_sample: int, device: torch.device) -> list[slice]:
     """`n` samples, at least one, in as few blocks as the caches allow; no two differ by more than a sample."""
-    if fits_at_once(n, device):
+    if n <= _LEAST or device.type != "cpu":
         return [slice(0, n)]
     most = max(_LEAST, _BYTES * torch.get_num_threads() // max(bytes_per_sample, 1))
     count = math.ceil(n / most)

@@ -16,7 +16,7 @@ from ..passes.cost import count_macs
 from ..passes.gated import GatedBranch
 from ..passes.modes import evaluating
 from ..passes.stages import Stage, split_stages, without_exits
-from .cache_blocks import blocks, bytes_per_sample, fits_at_once
+from .cache_blocks import blocks, bytes_per_sample
 from .inputs import CallReader
 from .lean import make_lean
 
@@ -129,8 +129,6 @@ class Pieces:
 
     def blocks(self, k: int, n: int, on: tuple[bool, ...], device: torch.device) -> list[slice]:
         """In which parts `n` samples had better run from stage `k` to the next exit that is on."""
-        if fits_at_once(n, device):
-            return [slice(0, n)]
         end = next((j for j in range(k, len(on)) if on[j]), len(on))
         return blocks(n, max(self._bytes[k : end + 1]), device)
 
