@@ -1,16 +1,19 @@
 """Training recipes of early exits side by side: accuracy against mean MACs and against measured time.
 
     python benchmarks/exits.py [--data fashion_mnist] [--net resnet20-cifar] [--seeds 1] [--recipes sum distill ...]
-                                                                                               writes exits.json
+    python benchmarks/exits.py --data ag_news --net text-encoder
+    python benchmarks/exits.py --net msdnet-cifar --recipes --joint sum                        all write exits.json
 
 A network is trained once per seed; every recipe then puts three exits into a copy of it and trains them for as many
 epochs, on a frozen trunk or together with it. Thresholds are those that lose at most half a point on the calibration
-split; budgets are met there, too. Everything else is of the test split. Times are shares of the static network's, one
-thread, both with batch norms folded and taking turns, of the same 1, 16 or 256 test images a call, whose own share of
-the MACs over that of the time is `realised`. `predict` takes 256 images in blocks that fit the cache; `blocked` is the
-static network in such blocks. `by_latency`: thresholds for the same half point, but the least measured milliseconds at
-that batch size in place of the fewest MACs. `onnxruntime`: the exported files of the same models, its own thread one.
-What is measured is not measured again, what is trained stays in --out.
+split; budgets are met there, too. Everything else is of the test split. An MSDNet of ten layers has exits of its own,
+four with its last; its static network is trained on the last one's answers alone. Texts are cut at 64 words.
+
+Times are shares of the static network's, one thread, both with batch norms folded and taking turns, of the same 1, 16
+or 256 test samples a call, whose own share of the MACs over that of the time is `realised`. `predict` takes 256 in
+blocks that fit the cache; `blocked` is the static network in such blocks. `by_latency`: thresholds for the same half
+point, but the least measured milliseconds at that batch size in place of the fewest MACs. `onnxruntime`: the exported
+files of the same models, its own thread one. What is measured is not measured again, what is trained stays in --out.
 """
 
 import argparse
@@ -40,18 +43,44 @@ from dyncompress.runtime.cache_blocks import blocks, bytes_per_sample
 RESULTS = Path(__file__).with_suffix(".json")
 EPOCHS, EXITS, TRUNK_LR, REPEATS = 2, 3, 0.01, 5
 CALLS = {1: 128, 16: 16, 256: 4}  # batch size -> how many batches
+TEXTS = {"ag_news": 2, "sst2": 5}  # epochs of a text encoder's first training
+LENGTH, TEXT_LR, TEXT_BATCH = 64, 1e-3, 64
+ANYTIME = {"exits": EXITS + 1, "base": 1, "step": 3}  # of an MSDNet
 BUDGETS = (0.3, 0.5, 0.7)
-FROZEN = ("sum", "weighted", "ramped", "distill", "distill-all", "ztw")
+FROZEN = ("sum", "weighted", "ramped", "distill", "distill-all", "ztw", "frozen-teacher")
 JOINT = ("sum", "distill", "distill-all")
 
 
-def trained(name: str, seed: int, data: Any, out: Path) -> nn.Module:
+class LastAnswer(nn.Module):
+    """A network with exits of its own, as a static one: its last answer alone."""
+
+    def __init__(self, anytime: nn.Module) -> None:
+        super().__init__()
+        self.anytime = anytime
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.anytime(x).logits
+
+
+def built(name: str, data: Any) -> nn.Module:
+    """A network for the data, with random weights."""
+    if name == "text-encoder":
+        return build(name, vocabulary=len(data.vocabulary), classes=data.classes)
+    options = ANYTIME if name == "msdnet-cifar" else {}
+    net = build(name, channels=data.train[0][0].shape[0], **options)
+    return LastAnswer(net) if options else net
+
+
+def trained(name: str, source: str, seed: int, data: Any, out: Path) -> nn.Module:
     """The static network of a seed, or what an interrupted training left of it."""
     torch.manual_seed(seed)
-    net, run = build(name, channels=data.train[0][0].shape[0]), out / "first"
+    net, run = built(name, data), out / "first"
+    recipe: dict[str, Any] = {"epochs": FIRST, "lr": LR, "optimizer": SGD, "batch_size": BATCH}
+    if source in TEXTS:
+        recipe = {"epochs": TEXTS[source], "lr": TEXT_LR, "batch_size": TEXT_BATCH}
     fit(
-        net, cross_entropy, data.train, epochs=FIRST, lr=LR, optimizer=SGD, batch_size=BATCH, seed=seed,
-        mixed_precision=AMP, run_dir=run, resume=run.exists(), progress=True,
+        net, cross_entropy, data.train, seed=seed, mixed_precision=AMP, run_dir=run, resume=run.exists(), progress=True,
+        **recipe,
     )  # fmt: skip
     return net.eval()
 
@@ -62,9 +91,11 @@ def converted(net: nn.Module, recipe: str, joint: bool, data: Any, seed: int, fi
         loaded = dc.load(file)
         assert isinstance(loaded, dc.DynamicModel)
         return loaded
+    own = isinstance(net, LastAnswer)
     dynamic = dc.convert(
-        net, exits=EXITS, data=data, recipe=recipe, epochs=EPOCHS, freeze_trunk=not joint, trunk_lr=TRUNK_LR, seed=seed,
-        mixed_precision=AMP, device="cpu", head="cascade" if recipe == "ztw" else "auto",
+        net.anytime if own else net, exits="own" if own else EXITS, data=data, recipe=recipe, epochs=EPOCHS,
+        freeze_trunk=not joint, trunk_lr=TRUNK_LR, seed=seed, mixed_precision=AMP, device="cpu",
+        head="cascade" if recipe == "ztw" else "auto",
     )  # fmt: skip
     dc.save(dynamic, file)
     return dynamic
@@ -82,7 +113,7 @@ def measure(net: nn.Module, dynamic: dc.DynamicModel, data: Any) -> dict[str, An
         "accuracy": round(played.accuracy, 4),
         "mean_macs": round(played.mean_macs / whole, 4),
         "shares": [round(share, 4) for share in played.shares],
-        "at_budget": {str(b): _at(search, test, policy, b, whole) for b in BUDGETS},
+        "at_budget": {str(b): _at(search, test, policy, b, whole) for b in BUDGETS if b * whole > dynamic.exit_macs[0]},
         "largest_ece": round(max(ece), 4),
         "times": _times(net, dynamic, data, test),
     }
@@ -97,7 +128,8 @@ def _at(search: ThresholdSearch, test: Cached, policy: dc.ExitPolicy, budget: fl
 def _times(net: nn.Module, dynamic: dc.DynamicModel, data: Any, test: Cached) -> dict[str, Any]:
     """Wall clock of `predict` over that of the captured static network, by batch size."""
     fold = dc.FoldBatchNorm()
-    static = fold(dc.capture(net, data.train[0][0][None].repeat(2, 1, 1, 1)).eval()).gm
+    example = torch.stack([data.train[i][0] for i in range(2)])
+    static = fold(dc.capture(net, example).eval()).gm
     folded = dc.DynamicModel(fold(dynamic.trunk.eval()).gm, dynamic.policy)
     part, whole = bytes_per_sample(static, static.meta), dynamic.static_macs
 
@@ -149,14 +181,14 @@ def _realised(macs: float, ours: float, static: float) -> dict[str, float]:
 def main() -> None:
     """Measures what the results lack."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "cifar10"))
+    parser.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "cifar10", *TEXTS))
     parser.add_argument("--net", default="resnet20-cifar")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/exits"))
-    parser.add_argument("--recipes", nargs="+", default=FROZEN, choices=FROZEN, help="on a frozen trunk")
+    parser.add_argument("--recipes", nargs="*", default=FROZEN, choices=FROZEN, help="on a frozen trunk")
     parser.add_argument("--joint", nargs="*", default=JOINT, choices=JOINT, help="together with the trunk")
     asked = start(parser)
-    data, key = splits(asked.data), f"{asked.data} {asked.net}"
+    data, key = splits(asked.data, LENGTH if asked.data in TEXTS else None), f"{asked.data} {asked.net}"
     setting = {"first": FIRST, "epochs": EPOCHS, "exits": EXITS, "trunk_lr": TRUNK_LR, "precision": AMP}
     found = read(RESULTS)
     check_setting(found, setting, RESULTS)
@@ -170,7 +202,7 @@ def main() -> None:
         if not missing:
             continue
         out = asked.out / f"{asked.data}-{asked.net}-{seed}"
-        net = trained(asked.net, seed, data, out)
+        net = trained(asked.net, asked.data, seed, data, out)
         rows.setdefault("static", {"accuracy": round(dc.evaluate(net, data.test, batch_size=250).accuracy, 4)})
         for name, recipe, joint in missing:
             file = out / f"{name.replace(', ', '-')}.dyn.safetensors"
