@@ -25,6 +25,7 @@ TWO = partial(Net, branches=2)
         ({"params": 0.4, "kinds": ("channels",)}, count_parameters),
         ({"macs": 0.6, "kinds": ("axes", "layers", "filters"), "ema": 0.9}, count_macs),
         ({"macs": 0.5, "optimizer": partial(torch.optim.SGD, momentum=0.9), "lr": 0.05}, count_macs),
+        ({"macs": 0.5, "round_to": 4}, count_macs),
         ({"macs": 0.7, "epochs": 1, "finetune": 0, "lr": 1e-4}, count_macs),  # too short to learn anything: all is cut
     ],
 )
@@ -43,6 +44,21 @@ def test_targets_are_met(change: dict[str, Any], count: Any) -> None:
     else:
         assert report["learned"] < 1 and accuracy(small, data) > 0.9
     assert all(torch.equal(before[name], tensor) for name, tensor in gm.state_dict().items())
+
+
+@pytest.mark.parametrize("goal", [{"macs": 0.4}, {"strength": 1.0}])
+def test_counts_are_multiples_at_every_surgery(goal: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dyncompress.compress import sparsifier
+
+    counts: list[set[int]] = []
+
+    def seen(gm: torch.fx.GraphModule, keep: Any, **options: Any) -> Any:
+        counts.append({len(kept) for kept in keep.values()})
+        return operate(gm, keep, **options)
+
+    monkeypatch.setattr(sparsifier, "operate", seen)
+    dc.sparsify(network(), images(), **OPTIONS | {**goal, "round_to": 4, "shrink_every": 1})
+    assert len(counts) > 1 and all(count % 4 == 0 for some in counts for count in some)
 
 
 def test_every_surgery_equals_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +211,7 @@ def test_bf16() -> None:
         ({"macs": 0.5, "finetune": -1}, "finetune"),
         ({"macs": 0.5, "shrink_every": 0}, "shrink_every"),
         ({"macs": 0.5, "ema": 1.0}, "ema"),
+        ({"macs": 0.5, "round_to": 0}, "round_to"),
         ({"macs": 0.5, "resume": True}, "run_dir"),
     ],
 )

@@ -150,7 +150,7 @@ class Sparsifier:
         if last and self.asked.target is not None and left > self.asked.target:
             self.learned, zero = left, zero | self._doomed(self.asked.target)
         self._hold(~self.lasso.live, self._pull)
-        keep = keep_without(self._axes, self.lasso, zero)
+        keep = self._keep(zero)
         if not keep:
             return None
         surgery = operate(self.model, keep)
@@ -231,9 +231,12 @@ class Sparsifier:
         """(groups,): 0 for the strongest indices of every axis, as many as its floor, 1 for all others."""
         return 1.0 - spared(self._axes, self.lasso, self.lasso.norms(), self.asked.limits, self._sizes).float()
 
+    def _keep(self, zero: Tensor) -> dict[str, list[int]]:
+        return keep_without(self._axes, self.lasso, zero, self.asked.limits)
+
     def _left(self, zero: Tensor) -> float:
         """The share of the first model that is left without some groups."""
-        keep = as_keep(self._axes, keep_without(self._axes, self.lasso, zero))
+        keep = as_keep(self._axes, self._keep(zero))
         return self._share * (self._measured(keep) if keep else 1.0)
 
     # --- how strong ---------------------------------------------------------------------------------------------------
@@ -284,7 +287,7 @@ class Sparsifier:
                 f"{self.asked.metric}={self.asked.target:.4g} needs groups that can be taken out: add axes or layers "
                 "to kinds, or lower floor"
             )
-        keep = as_keep(self._axes, keep_without(self._axes, self.lasso, everything))
+        keep = as_keep(self._axes, self._keep(everything))
         _check_counts(self._axes, keep)
 
 

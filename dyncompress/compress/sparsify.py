@@ -39,6 +39,7 @@ def sparsify(
     shrink_every: int = 2,
     kinds: Sequence[str] = (AXES,),
     floor: float = 0.1,
+    round_to: int = 1,
     ignore: Sequence[str] = (),
     ema: float | None = None,
     grow_batch: bool = False,
@@ -74,6 +75,7 @@ def sparsify(
         kinds: of groups: "axes", an axis kind such as "channels", "layers" (residual branches), and others that zero
             weights but take nothing out; see `GroupLasso`.
         floor: least share of each axis that stays.
+        round_to: kept counts are multiples of this, at surgeries too: groups that are zero wait for others.
         ignore: module or parameter names whose axes stay whole.
         ema: decay of an average of the weights, such as .999, which the result then has; None = none.
         grow_batch: after every surgery, the batch becomes the largest, in quarters of batch_size, of which a step keeps
@@ -93,7 +95,7 @@ def sparsify(
     """
     metric, target = _goal({"macs": macs, "params": params}, {"strength": strength, "penalty_ratio": penalty_ratio})
     loss_fn = Distilled(loss_fn, distill) if distill else loss_fn
-    limits = Limits(floor, ignore=tuple(ignore), depth=LAYERS in kinds)
+    limits = Limits(floor, round_to, tuple(ignore), depth=LAYERS in kinds)
     request = Request(
         metric=metric, target=target, strength=strength, penalty_ratio=penalty_ratio, epochs=epochs, finetune=finetune,
         shrink_every=shrink_every, kinds=tuple(kinds), limits=limits, ema=ema, grow_batch=grow_batch, distill=distill,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..passes.axes import Axes
+from ..passes.axes import Axes, Axis
 from ..passes.kinds import BRANCH
 from .group_lasso import GroupLasso
 from .ranking import Keep, Limits, dead_axes
@@ -33,18 +33,23 @@ def horizon(lrs: Sequence[float], step: int, deadline: int) -> float:
     return max(sum(lrs[step:deadline]), _HORIZON * sum(lrs), _STEPS * present)
 
 
-def keep_without(axes: Axes, lasso: GroupLasso, zero: Tensor) -> dict[str, list[int]]:
-    """Kept indices by axis name when the groups in `zero`, (groups,) bool, go; at least one index of every axis stays,
-    and axes inside branches that go are not mentioned."""
+def keep_without(axes: Axes, lasso: GroupLasso, zero: Tensor, limits: Limits) -> dict[str, list[int]]:
+    """Kept indices by axis name when the groups in `zero`, (groups,) bool, go, but for as many of them as make the
+    count of an axis a multiple, and at least one index. Axes inside branches that go are not mentioned."""
     live = ~zero.cpu()
-    kept = {name: live[at].nonzero()[:, 0].tolist() for name, at in lasso.groups.of_axis.items()}
+    kept = {name: _counted(axes[name], live[at], limits) for name, at in lasso.groups.of_axis.items()}
     gone = [axes[name].atom for name, indices in kept.items() if axes[name].kind == BRANCH and not indices]
     dead = dead_axes(axes, gone)
-    return {
-        name: indices if indices or axes[name].kind == BRANCH else [0]
-        for name, indices in kept.items()
-        if len(indices) < axes[name].size and name not in dead
-    }
+    return {name: indices for name, indices in kept.items() if len(indices) < axes[name].size and name not in dead}
+
+
+def _counted(axis: Axis, live: Tensor, limits: Limits) -> list[int]:
+    """The live indices of an axis, and the first others up to an allowed count."""
+    count = int(live.sum())
+    if axis.kind != BRANCH:
+        count = limits.rounded(max(1, count), axis.size)
+    first: list[int] = live.long().argsort(descending=True, stable=True)[:count].sort().values.tolist()
+    return first
 
 
 def spared(axes: Axes, lasso: GroupLasso, norms: Tensor, limits: Limits, whole: dict[str, int]) -> Tensor:

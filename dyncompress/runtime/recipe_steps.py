@@ -97,6 +97,8 @@ class Sparsify:
     """Groups: axes, layers, an axis kind such as channels or heads; or filters, columns, shapes, tiles."""
     floor: float = 0.1
     """Least share of every axis that stays."""
+    round_to: int = 1
+    """Kept counts are multiples of this; 8 trains and runs faster on many machines."""
     ignore: tuple[str, ...] = ()
     """Modules or parameters whose axes stay whole, by name."""
     ema: float | None = None
