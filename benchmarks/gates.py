@@ -105,13 +105,17 @@ class Bench:
             **self.options,
         )  # fmt: skip
 
+    def every(self) -> dc.DynamicModel:
+        """The network with a gate for every branch, untrained."""
+        return dc.DynamicModel(dc.InsertGates()(self.first()).gm)
+
     def rates(self, learned: bool) -> list[float]:
         """How often each branch runs: as learned by gumbel, or all alike at the budget."""
-        gumbel = self.gated("gumbel")
+        every = self.every()
         if learned:
-            return list(gumbel.trunk.meta["info"]["gate"]["open"])
-        skippable, whole = sum(gumbel.branch_macs), count_macs(self.first())
-        return [1 - (gumbel.static_macs - self.macs * whole) / skippable] * len(gumbel.branch_macs)
+            return open_rates(self.gated("gumbel"), every.gates)
+        skippable, whole = sum(every.branch_macs), count_macs(self.first())
+        return [1 - (every.static_macs - self.macs * whole) / skippable] * len(every.branch_macs)
 
     def random(self, name: str) -> fx.GraphModule:
         first, run = self.first(), self.folder / name
@@ -144,7 +148,8 @@ class Bench:
         row = {"accuracy": round(found.accuracy, 4), "macs": round(found.mean_macs / whole, 4)}
         if name in NAMES:
             report = model.trunk.meta["info"]["gate"]
-            row |= {"open": [round(rate, 3) for rate in report["open"]]}
+            row |= {"open": [round(rate, 3) for rate in open_rates(model, self.every().gates)]}
+            row |= {"settled": {how: len(branches) for how, branches in report["settled"].items()}}
             row |= {"loss_by_epoch": [round(epoch["loss"], 4) for epoch in report["history"]]}
             row |= {"by_hardness": [round(sum(rates) / len(rates), 3) for rates in report["by_hardness"]]}
         return row
@@ -174,11 +179,17 @@ class Bench:
                 logits = run(torch.stack([x for x, _ in batch]))[0][-1]
                 right += int((logits.argmax(-1) == torch.tensor([y for _, y in batch])).sum())
                 count += len(batch)
-        gumbel, rates = self.gated("gumbel"), self.rates(name != "random")
-        spent = gumbel.static_macs - sum(
-            (1 - rate) * macs for rate, macs in zip(rates, gumbel.branch_macs, strict=True)
-        )
+        every, rates = self.every(), self.rates(name != "random")
+        spent = every.static_macs - sum((1 - rate) * macs for rate, macs in zip(rates, every.branch_macs, strict=True))
         return {"accuracy": round(right / count, 4), "macs": round(spent / whole, 4)}
+
+
+def open_rates(gated: dc.DynamicModel, branches: list[str]) -> list[float]:
+    """How often each branch runs on the calibration split, those included that have lost their gate."""
+    report = gated.trunk.meta["info"]["gate"]
+    found = dict(zip(report["branches"], report["open"], strict=True))
+    found |= dict.fromkeys(report["settled"]["always"], 1.0) | dict.fromkeys(report["settled"]["never"], 0.0)
+    return [found[branch] for branch in branches]
 
 
 NAMES = {

@@ -75,7 +75,7 @@ def trained() -> nn.Module:
 @pytest.fixture(scope="module")
 def gated(trained: nn.Module) -> dc.DynamicModel:
     """Trained gates, moved so that all of them open for some samples only."""
-    model = dc.gate(trained, data=make_data(), macs=0.6, epochs=4, progress=False)
+    model = dc.gate(trained, data=make_data(), macs=0.6, settle=0, epochs=4, progress=False)
     with torch.no_grad():
         for gate in range(3):
             out = model.trunk.get_submodule(f"gates.{gate}.out")
@@ -251,7 +251,7 @@ steps:
 
 def test_a_recipe_gates_and_converts(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("recipe.yaml").write_text(RECIPE)
-    report = reported(capfd, "run", "recipe.yaml", "--set", "gate.rate=0.9")
+    report = reported(capfd, "run", "recipe.yaml", "--set", "gate.rate=0.9", "--set", "gate.settle=0")
     assert {"static", "gated", "dynamic"} < set(report)
     assert report["gate"]["kind"] == "gumbel" and report["gate"]["branches"] == BRANCHES
     folder = Path(report["run_dir"])

@@ -34,7 +34,7 @@ class Halves(Dataset[tuple[Tensor, int]]):
         return self.images[i], int(self.labels[i])
 
 
-OPTIONS = {"epochs": 2, "batch_size": 32, "progress": False, "lr": 5e-3}
+OPTIONS = {"epochs": 2, "batch_size": 32, "progress": False, "lr": 5e-3, "settle": 0}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,33 @@ def test_a_budget_is_met_and_skipped(net: nn.Module, kind: str) -> None:
     assert found.mean_macs is not None and abs(found.mean_macs / whole - report["macs"]) < 0.1
     assert not dyn.training and all(torch.equal(before[n], v) for n, v in net.state_dict().items())
     assert [h["epoch"] for h in report["history"]] == [1, 2] and abs(report["moved"]) < 16
+
+
+@pytest.mark.parametrize("settle", [0.01, 0.3])
+def test_gates_that_decide_alike_leave(net: nn.Module, settle: float) -> None:
+    """By hand: the rates on the calibration set, and the same training with every gate left in."""
+    data = Halves(128)
+
+    class Both:
+        train, calibration = data, data
+
+    every = dc.gate(net, data=Both(), rate=0.7, **OPTIONS)
+    some = dc.gate(net, data=Both(), rate=0.7, **{**OPTIONS, "settle": settle})
+    opened = every.predict(data.images).gates.double()
+    rates, settled = opened.mean(0).tolist(), some.trunk.meta["info"]["gate"]["settled"]
+    varied = max(range(4), key=lambda k: min(rates[k], 1 - rates[k]))
+    always = [k for k in range(4) if rates[k] >= 1 - settle and k != varied]
+    never = [k for k in range(4) if rates[k] <= settle and k != varied]
+    assert always and settled == {
+        how: [every.gates[k] for k in ks] for how, ks in (("always", always), ("never", never))
+    }
+    assert some.gates == [b for b in every.gates if b not in settled["always"] + settled["never"]]
+    alike = ((opened[:, always] == 1).all(1) & (opened[:, never] == 0).all(1)).nonzero().flatten()
+    same = data.images[alike]
+    torch.testing.assert_close(some.predict(same).logits, every.predict(same).logits, rtol=1e-4, atol=1e-5)
+    spent = dc.evaluate(some, data).mean_macs
+    report = some.trunk.meta["info"]["gate"]
+    assert spent == pytest.approx(report["macs"] * count_macs(dc.capture(net, data.images[:1])))
 
 
 def test_hardness_goes_from_sure_to_unsure(net: nn.Module) -> None:
@@ -173,6 +200,7 @@ def test_a_budget_by_moving_all_gates(net: nn.Module) -> None:
         ({"kind": "skipnet", "rate": 0.5}, 'rate needs kind="gumbel"'),
         ({"macs": 1.2}, "give a share between 0 and 1"),
         ({"macs": 0.5, "distill": 2}, "give a share from 0 to 1"),
+        ({"macs": 0.5, "settle": 0.5}, "settle=0.5: give a share of the samples below 0.5"),
         ({"macs": 0.5, "trunk_lr": 0}, "give a positive share of lr"),
         ({"macs": 0.5, "pretrain": False}, 'pretrain goes with kind="skipnet" only'),
         ({"macs": 0.5, "kind": "skipnet", "epochs": 1}, "give at least 2"),

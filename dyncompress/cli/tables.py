@@ -79,6 +79,9 @@ def gates(done: Entry) -> Table:
     quarters = len(done["by_hardness"])
     where = ["surest", *(f"quarter {k}" for k in range(2, quarters)), "least sure"]
     table = Table("branch", "MACs", "runs", *where, title=f"Skip gates ({done['kind']}), on the calibration split")
+    counts = {how: len(branches) for how, branches in done["settled"].items()}
+    if any(counts.values()):
+        table.caption = f"without a gate: {counts['always']} always run, {counts['never']} never did and are gone"
     for column in table.columns[1:]:
         column.justify = "right"
     for branch, macs, *rates in zip(

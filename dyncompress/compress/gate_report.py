@@ -60,6 +60,12 @@ def meet_budget(dynamic: DynamicModel, data: LabelledData, macs: float, device: 
     return low
 
 
+def open_rates(dynamic: DynamicModel, data: LabelledData, device: torch.device) -> list[float]:
+    """How often each branch runs on a data set."""
+    opened = _run(dynamic, data, device)[0]
+    return _rates(opened, [torch.arange(len(opened))])[0]
+
+
 def gate_report(
     dynamic: DynamicModel, static: fx.GraphModule, data: LabelledData, device: torch.device
 ) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 2. train them, and with them the network, by one of `KINDS`;
 3. fold the gates' batch norms into the layers before them, so that a gate takes half as long;
 4. move all gates' logits by one number, so that the calibration set costs what was asked for;
-5. measure there which branches run, for which classes, and for hard and easy samples (`gate_report`).
+5. take out the gates that decide alike for nearly all samples there, whose branches run always or leave the model;
+6. measure there which branches run, for which classes, and for hard and easy samples (`gate_report`).
 """
 
 import os
@@ -21,12 +22,13 @@ from ..passes.copying import deep_copy
 from ..passes.cost import count_macs
 from ..passes.fold import FoldBatchNorm
 from ..passes.gates import GATES_PATH, POLICY, POOLED, RECURRENT, InsertGates
+from ..passes.settle import SettleGates
 from ..runtime.dynamic import DynamicModel
 from .accelerated import training_device
 from .batches import HasSplits, LabelledData, device_of_model, divided, examples_of, to_device
 from .gate_decisions import Progress
 from .gate_losses import Costs
-from .gate_report import gate_report, meet_budget
+from .gate_report import gate_report, meet_budget, open_rates
 from .gate_training import BLOCKDROP, GUMBEL, KINDS, SKIPNET, Goal, make_phase, phases_of, train_gates
 from .losses import check_share
 from .trainer import Epoch, Optimizer, count_steps
@@ -45,6 +47,7 @@ def gate(
     rate: float | None = None,
     distill: float = 0.5,
     pretrain: bool = True,
+    settle: float = 0.01,
     epochs: int = 10,
     lr: float = 3e-3,
     trunk_lr: float = 0.3,
@@ -74,6 +77,8 @@ def gate(
         rate: instead, with "gumbel", the share of the samples for which each branch runs.
         distill: the share of the loss that compares with the static model's answers, 0..1.
         pretrain: "skipnet": half of the epochs supervised, and then policy gradients; else those alone.
+        settle: a gate that decides alike for all but this share of the calibration samples, 0..0.5, is taken out: its
+            branch runs for every sample, or leaves the model. One gate always stays; 0: all do.
         lr: peak learning rate of the gates; trunk_lr: of the model, as a share of it.
         epochs: all phases together.
         optimizer, mixed_precision, device, run_dir, resume, progress: see `trainer.fit`.
@@ -82,7 +87,7 @@ def gate(
         RequestError: wrong arguments or data, no branch that can be skipped, a budget out of reach.
         DynCompressError: the training failed.
     """
-    _check(kind, macs, rate, distill, pretrain, epochs, trunk_lr)
+    _check(kind, macs, rate, distill, pretrain, settle, epochs, trunk_lr)
     train, calibration = divided(data, seed)
     if example_inputs is None:
         example_inputs = to_device(examples_of(train), device_of_model(model))
@@ -111,15 +116,19 @@ def gate(
         history += [replace(epoch, epoch=len(history) + epoch.epoch) for epoch in made]
     dynamic = DynamicModel(FoldBatchNorm(GATES_PATH.rstrip("."))(gm.eval()).gm).eval()  # a call less for every gate
     moved = 0.0 if macs is None else meet_budget(dynamic, calibration, macs * whole, device)
-    report = {"moved": moved, **gate_report(dynamic, static, calibration, device)}
+    dynamic, settled = _settled(dynamic, calibration, settle, device)
+    if macs is not None and any(settled.values()):
+        moved += meet_budget(dynamic, calibration, macs * whole, device)
+    report = {"moved": moved, "settled": settled, **gate_report(dynamic, static, calibration, device)}
     report |= {"kind": kind, "phases": [name for name, _ in phases], "history": [asdict(epoch) for epoch in history]}
     dynamic.trunk.meta["info"] = {**gm.meta.get("info", {}), "gate": report}
     return dynamic
 
 
 def _check(
-    kind: str, macs: float | None, rate: float | None, distill: float, pretrain: bool, epochs: int, trunk_lr: float
-) -> None:
+    kind: str, macs: float | None, rate: float | None, distill: float, pretrain: bool, settle: float, epochs: int,
+    trunk_lr: float,
+) -> None:  # fmt: skip
     if kind not in KINDS:
         raise RequestError(f"kind={kind!r}: use one of {', '.join(KINDS)}")
     if (macs is None) == (rate is None):
@@ -130,12 +139,28 @@ def _check(
         if share is not None and not 0 < share < 1:
             raise RequestError(f"{name}={share:g}: give a share between 0 and 1")
     check_share(distill)
+    if not 0 <= settle < 0.5:
+        raise RequestError(f"settle={settle:g}: give a share of the samples below 0.5, such as 0.01")
     if not trunk_lr > 0:
         raise RequestError(f"trunk_lr={trunk_lr:g}: give a positive share of lr")
     if not pretrain and kind != SKIPNET:
         raise RequestError(f'pretrain goes with kind="{SKIPNET}" only')
     if epochs < len(phases_of(kind, 2, pretrain)):
         raise RequestError(f'epochs={epochs}: kind="{kind}" trains in two phases; give at least 2')
+
+
+def _settled(
+    dynamic: DynamicModel, calibration: LabelledData, settle: float, device: torch.device
+) -> tuple[DynamicModel, dict[str, Any]]:
+    """Without the gates that decide alike, and what became of their branches."""
+    if not settle:
+        return dynamic, {"always": [], "never": []}
+    rates = dict(zip(dynamic.gates, open_rates(dynamic, calibration, device), strict=True))
+    varied = max(rates, key=lambda branch: min(rates[branch], 1 - rates[branch]))
+    always = tuple(branch for branch, rate in rates.items() if rate >= 1 - settle and branch != varied)
+    never = tuple(branch for branch, rate in rates.items() if rate <= settle and branch != varied)
+    result = SettleGates(always, never)(dynamic.trunk)
+    return DynamicModel(result.gm).eval(), result.report
 
 
 def _with_gates(static: fx.GraphModule, gate: str, seed: int) -> fx.GraphModule:

@@ -227,6 +227,8 @@ class Gate:
     """Share of the loss that compares with the static model's answers, 0..1."""
     pretrain: bool = True
     """With skipnet: supervised training before the policy gradients."""
+    settle: float = 0.01
+    """A gate that decides alike for all but this share of the calibration samples is taken out; 0: none is."""
     epochs: int = 10
     """Passes over the training split, all phases together."""
     lr: float = 3e-3
