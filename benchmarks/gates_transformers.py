@@ -70,6 +70,7 @@ def row(static: fx.GraphModule, data: Any, name: str, macs: float, out: Path) ->
         "macs": round(left, 4),
         "branches": report["branches"],
         "open": [round(rate, 3) for rate in report["open"]],
+        "settled": report["settled"],
         "by_hardness": [round(sum(rates) / len(rates), 3) for rates in report["by_hardness"]],
         "ms": {str(size): [round(ms[side][size], 3) for side in ms] for size in CALLS},
         "realised": {str(size): round(ms["static"][size] / ms["gated"][size] * left, 3) for size in CALLS},
