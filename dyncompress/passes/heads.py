@@ -59,7 +59,8 @@ class ImageHead(ExitHead):
         if self.channel_dim != 1:
             x = x.movedim(self.channel_dim, 1)
         mean, maximum = self._pooled(x)
-        return self.linear(torch.lerp(mean, maximum, torch.sigmoid(self.mix)).flatten(1))
+        pooled = torch.lerp(mean, maximum, torch.sigmoid(self.mix))
+        return self.linear(pooled if self.grid == 1 else pooled.flatten(1))
 
     def _pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and maximum of every cell. At batch 1 each call here takes longer than its arithmetic."""
