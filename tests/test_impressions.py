@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from dyncompress.cli.app import _one_line_warnings, run
 from dyncompress.compress.convert import convert
+from dyncompress.compress.data_free import splits_of_impressions
 from dyncompress.compress.evaluate import evaluate
 from dyncompress.compress.few_samples import Blends, few_shots
 from dyncompress.compress.impression_store import FILE
@@ -195,6 +196,19 @@ def test_exits_are_distilled_without_data() -> None:
     assert accuracies(model)[1] > static - 0.06
     assert result.accuracy > 0.6  # two of three classes: thresholds found on impressions promise nothing
     assert result.mean_macs < 0.99 * model.static_macs  # type: ignore[operator]
+
+
+def test_a_budget_is_spent_on_the_surest_impressions() -> None:
+    net, options = trained(), {"seed": 0, "device": torch.device("cpu"), "progress": False}
+    every, surest = (
+        splits_of_impressions(capture(net, X), X, 200, budget=budget, **options)[1] for budget in (False, True)
+    )
+    with torch.no_grad():
+        sure = [float(net(every[i][0][None]).softmax(-1).max()) for i in range(40)]
+    ten = sorted(range(40), key=sure.__getitem__)[:-11:-1]
+    assert len(every) == 40 and len(surest) == 10
+    for i, k in enumerate(ten):
+        assert torch.equal(surest[i][0], every[k][0]) and surest[i][1] == every[k][1]
 
 
 def test_exits_learn_from_a_few_shots() -> None:

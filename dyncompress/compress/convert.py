@@ -133,7 +133,8 @@ def convert(
     }  # fmt: skip
     if splits is None:
         warnings.warn(COST, stacklevel=2)
-        splits = splits_of_impressions(captured, example_inputs, impressions, **run)
+        budget = goal.budget is not None
+        splits = splits_of_impressions(captured, example_inputs, impressions, budget=budget, **run)
     train, calibration = splits
     dynamic = DynamicModel(_with_exits(captured, exits, head, seed)).eval()
     if shots is not None:
