@@ -43,13 +43,17 @@ class SettleGates(GraphPass):
             if name not in gates:
                 raise RequestError(f"{name!r} has no gate; those that have one: {', '.join(gates) or 'none'}")
             gates[name].scale[-1].replace_all_uses_with(gates[name].end)
-        gone = {gates[name].total.name for name in self.never}
+        gone = {(gates[name].total.name, gates[name].shortcut.name): name for name in self.never}
         gm.meta["gates"] = [g for g in gm.meta["gates"] if g["branch"] not in (*self.always, *self.never)]
         if not gm.meta["gates"]:
             del gm.meta["gates"]
         gm.graph.eliminate_dead_code()
         if gone:
-            remove_branches(gm, [branch for branch in find_branches(type_graph(gm)) if branch.total.name in gone])
+            found = {(b.total.name, b.shortcut.name): b for b in find_branches(type_graph(gm))}
+            for place, name in gone.items():
+                if place not in found:
+                    raise RequestError(f"{name} cannot leave the model: name it in always, or leave it its gate")
+            remove_branches(gm, [branch for place, branch in found.items() if place in gone])
         gm.delete_all_unused_submodules()
         gm.graph.lint()
         gm.recompile()
