@@ -40,59 +40,44 @@ CALLS = {1: 200, 16: 32, 256: 4}
 RULE, EVERYONE, ROUNDS = "entropy", 1.0, 15
 
 
-class BranchyLeNet(nn.Module):
-    """The network of BranchyNet's experiment: three padded convolutions, a branch after the first, two linear layers.
+class Branched(nn.Module):
+    """`rest` of `first`, and where `branched`, `branch` of it too: (B, 1, 28, 28) float -> (B, 10) logits of each."""
 
-    (B, 1, 28, 28) float -> (B, 10) logits; with `branched`, the branch's and these. The zoo's LeNet-5 has fewer
-    multiply-adds behind its first convolution: leaving there saves at most a factor of 3.5.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, first: nn.Module, rest: nn.Module, branch: nn.Module) -> None:
         super().__init__()
-        self.branched = False
-        self.conv1 = nn.Conv2d(1, 5, 5, padding=3)
-        self.conv2 = nn.Conv2d(5, 10, 5, padding=3)
-        self.conv3 = nn.Conv2d(10, 20, 5, padding=3)
-        self.pool = nn.MaxPool2d(2, ceil_mode=True)
-        self.fc = nn.Linear(20 * 6 * 6, 84)
-        self.classifier = nn.Linear(84, 10)
-        self.branch = nn.Conv2d(5, 10, 3, padding=1)
-        self.branch_classifier = nn.Linear(10 * 8 * 8, 10)
+        self.branched, self.first, self.rest, self.branch = False, first, rest, branch
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        first = torch.relu(self.pool(self.conv1(x)))
-        x = torch.relu(self.pool(self.conv2(first)))
-        x = torch.relu(self.pool(self.conv3(x)))
-        logits = self.classifier(self.fc(x.flatten(1)))
-        if not self.branched:
-            return logits
-        return self.branch_classifier(torch.relu(self.pool(self.branch(first))).flatten(1)), logits
+        x = self.first(x)
+        return (self.branch(x), self.rest(x)) if self.branched else self.rest(x)
 
 
-class WideLeNet(nn.Module):
-    """LeNet as tutorials build it: padded convolutions with 32 and 64 channels, 1,024 hidden neurons.
+def _conv(channels_in: int, channels_out: int, kernel: int, padding: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels_in, channels_out, kernel, padding=padding)
+    return nn.Sequential(conv, nn.MaxPool2d(2, ceil_mode=True), nn.ReLU())
 
-    (B, 1, 28, 28) float -> (B, 10) logits. Twenty times the multiply-adds of BranchyNet's, most behind the first pool.
+
+def branchynet() -> Branched:
+    """The network of BranchyNet's experiment: three padded convolutions, a branch after the first, two linear layers.
+
+    The zoo's LeNet-5 has fewer multiply-adds behind its first convolution: leaving there saves a factor of 3.5 at most.
     """
+    last = [nn.Flatten(), nn.Linear(20 * 6 * 6, 84), nn.Linear(84, 10)]
+    branch = nn.Sequential(_conv(5, 10, 3, 1), nn.Flatten(), nn.Linear(10 * 8 * 8, 10))
+    return Branched(_conv(1, 5, 5, 3), nn.Sequential(_conv(5, 10, 5, 3), _conv(10, 20, 5, 3), *last), branch)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 5, padding=2)
-        self.conv2 = nn.Conv2d(32, 64, 5, padding=2)
-        self.pool = nn.MaxPool2d(2)
-        self.fc = nn.Linear(64 * 7 * 7, 1024)
-        self.classifier = nn.Linear(1024, 10)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(torch.relu(self.conv1(x)))
-        x = self.pool(torch.relu(self.conv2(x)))
-        return self.classifier(torch.relu(self.fc(x.flatten(1))))
+def wide() -> Branched:
+    """LeNet as tutorials build it, 32 and 64 channels and 1,024 hidden neurons, with BranchyNet's kind of branch."""
+    last = [nn.Flatten(), nn.Linear(64 * 7 * 7, 1024), nn.ReLU(), nn.Linear(1024, 10)]
+    branch = nn.Sequential(_conv(32, 10, 3, 1), nn.Flatten(), nn.Linear(10 * 7 * 7, 10))
+    return Branched(_conv(1, 32, 5, 2), nn.Sequential(_conv(32, 64, 5, 2), *last), branch)
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    "branchynet": (BranchyLeNet, "own"),
+    "branchynet": (branchynet, "own"),
+    "wide": (wide, "own"),
     "lenet-5": (partial(build, "lenet", channels=1), ("max_pool2d",)),
-    "wide": (WideLeNet, ("max_pool2d",)),
 }
 
 
@@ -110,7 +95,7 @@ def trained(name: str, seed: int, data: Splits, out: Path) -> nn.Module:
 def converted(net: nn.Module, exits: Any, joint: bool, data: Splits, seed: int, path: Path) -> dc.DynamicModel:
     """The network with its branch trained, taken from `path` where an earlier run has left it."""
     if not path.exists():
-        if isinstance(net, BranchyLeNet):
+        if isinstance(net, Branched):
             net.branched = True
         dynamic = dc.convert(
             net, exits=exits, data=data, recipe="weighted", epochs=EPOCHS, lr=LR, batch_size=BATCH, seed=seed,
