@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .compress.gating import gate
     from .compress.prune import prune
     from .compress.recalibrate import recalibrate_batchnorm
+    from .compress.rewind import retrain
     from .compress.sparsify import sparsify
     from .compress.stream_prune import prune_checkpoint
     from .compress.unstructured import as_sparse, prune_weights
@@ -49,6 +50,7 @@ _HOMES = {
     "compress.prune": ("prune",),
     "compress.stream_prune": ("prune_checkpoint",),
     "compress.recalibrate": ("recalibrate_batchnorm",),
+    "compress.rewind": ("retrain",),
     "compress.sparsify": ("sparsify",),
     "compress.unstructured": ("as_sparse", "prune_weights"),
     "runtime.checkpoint": ("load", "read_info", "save"),
@@ -95,6 +97,7 @@ __all__ = [
     "prune_weights",
     "read_info",
     "recalibrate_batchnorm",
+    "retrain",
     "save",
     "shrink",
     "shrink_checkpoint",

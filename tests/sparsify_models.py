@@ -85,3 +85,8 @@ def make_net() -> nn.Module:
 def make_data() -> Splits:
     train, calibration, test = (ArrayDataset(*images(count).tensors) for count in (192, 30, 60))
     return Splits(train, calibration, test, classes=3, name="stripes")
+
+
+def make_other() -> nn.Module:
+    """Of the same inputs and classes, and nothing else."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))

@@ -63,7 +63,7 @@ def test_overrides(recipe_file: Path) -> None:
         ("model: 1\nsteps: [prune]", "model: expected str, got 1"),
         ("model: m\nsteps: prune", "steps: expected a list"),
         ("model: m\nsteps: []", "steps: expected a list"),
-        ("model: m\nsteps: [squeeze]", "steps[0]: there is no step 'squeeze': use one of prune, sparsify, low-rank,"),
+        ("model: m\nsteps: [squeeze]", "steps[0]: there is no step 'squeeze': use one of prune, sparsify, retrain,"),
         ("model: m\nsteps: [{prune: {}, convert: {}}]", "steps[0]: expected one step"),
         ("model: m\nsteps: [prune: [1]]", "steps[0].prune: expected options"),
         ("model: m\nsteps: [{prune: {mac: 1}}]", "steps[0].prune: unknown key 'mac': use one of ratio, macs,"),

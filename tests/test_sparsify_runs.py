@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from sparsify_models import OPTIONS, images, network, same
+from sparsify_models import OPTIONS, images, make_data, make_net, network, same
 from torch import Tensor
 
 import dyncompress as dc
@@ -138,6 +138,29 @@ run({arguments!r})
     assert run([*arguments, "--resume"]) == 0
     assert report_in(tmp_path)["sparsify"] == report_in(folder)["sparsify"]
     assert same(dc.load(tmp_path / "model.safetensors"), dc.load(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("early", [None, "sparsify_models:make_net"])
+def test_its_shape_is_trained_anew(
+    folder: Path, tmp_path: Path, early: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, data = dc.load(folder / "model.safetensors"), make_data().train
+    words = ["retrain", str(folder / "model.safetensors"), *SOURCE, "--epochs", "2", "--out", str(tmp_path / "run")]
+    assert run([*words, *(["--early", early] if early else [])]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["retrained"]["macs"] == report["static"]["macs"]
+    whole = dc.capture(make_net(), data[0][0][None]) if early else None
+    expected = dc.retrain(small, data, early=whole, epochs=2, device="cpu")
+    assert same(dc.load(report["model"]), expected) and not same(expected, small)
+
+
+def test_earlier_weights_of_another_model_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["retrain", str(folder / "model.safetensors"), *SOURCE, "--out", str(tmp_path / "run"), "--early"]
+    assert run([*words, "sparsify_models:make_other"]) == 2
+    said = capsys.readouterr().err
+    assert "the earlier weights are of another model" in said.splitlines()[-1] and not (tmp_path / "run").exists()
 
 
 def test_it_needs_data(capsys: pytest.CaptureFixture[str]) -> None:

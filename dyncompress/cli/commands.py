@@ -9,7 +9,7 @@ from rich.console import Console
 from .. import __version__
 from ..errors import RequestError
 from ..runtime.recipe import Recipe, read_recipe
-from ..runtime.recipe_steps import Convert, Export, Gate, Prune, Sparsify, Step
+from ..runtime.recipe_steps import Convert, Export, Gate, Prune, Retrain, Sparsify, Step
 from .app import app, printing
 from .folders import choose_folder
 from .options import CompareOptions, DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions
@@ -21,7 +21,7 @@ Model = Annotated[
 ]
 Flat = Parameter(name="*")
 
-_CONVERT, _GATE, _PRUNE, _SPARSIFY = Convert(), Gate(), Prune(), Sparsify()
+_CONVERT, _GATE, _PRUNE, _SPARSIFY, _RETRAIN = Convert(), Gate(), Prune(), Sparsify(), Retrain()
 _SOURCE, _DATA, _FOLDER = ModelOptions(), DataOptions(), FolderOptions()
 _STREAM, _COMPARE = StreamOptions(), CompareOptions()
 
@@ -116,6 +116,21 @@ def sparsify(
         verbose: Show every layer of a large model.
     """
     _run("sparsify", _recipe(model, (step,), source, data), folder, json, source.allow_pickle, verbose)
+
+
+@app.command
+def retrain(
+    model: Model,
+    /,
+    *,
+    step: Annotated[Retrain, Flat] = _RETRAIN,
+    source: Annotated[ModelOptions, Flat] = _SOURCE,
+    data: Annotated[DataOptions, Flat] = _DATA,
+    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    json: JsonFlag = False,
+) -> None:
+    """Trains the shape of a smaller model from scratch, or from early weights: a control of what made it smaller."""
+    _run("retrain", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
 
 
 @app.command

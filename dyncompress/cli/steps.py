@@ -17,14 +17,17 @@ from ..compress.losses import cross_entropy
 from ..compress.measure import graph_of
 from ..compress.prune import RECALIBRATION_BATCHES, prune
 from ..compress.recalibrate import recalibrate_batchnorm
+from ..compress.rewind import retrain
 from ..compress.sparsify import sparsify
 from ..compress.trainer import fit
 from ..compress.unstructured import hold_zeros, prune_weights
 from ..errors import RequestError
 from ..model_zoo.data import Splits
 from ..passes import low_rank
+from ..passes.capture import capture
 from ..runtime.dynamic import DynamicModel
-from ..runtime.recipe_steps import Convert, Export, Gate, LowRank, Making, Prune, Sparsify, Step, Unstructured
+from ..runtime.recipe_steps import Convert, Export, Gate, LowRank, Making, Prune, Retrain, Sparsify, Step, Unstructured
+from .models import load_model
 
 
 def check_request(steps: Sequence[Step], data: str | None) -> None:
@@ -41,7 +44,7 @@ def _check_needs_no_data(step: Making) -> None:
     if isinstance(step, Convert):
         check_without_data(step.recipe, step.freeze_trunk, step.risk, step.shots)
         return
-    if isinstance(step, Sparsify | Gate):
+    if isinstance(step, Sparsify | Retrain | Gate):
         raise RequestError(f"{step.name} learns from data: give labelled data, such as --data digits")
     option = "finetune" if step.finetune else None
     if option is None and isinstance(step, Prune) and step.importance in NEED_DATA:
@@ -64,9 +67,8 @@ def check_order(steps: Sequence[Step], model: nn.Module) -> None:
 
 def result_name(step: Step) -> str:
     """What the report calls the model that a step made."""
-    return {"prune": "pruned", "sparsify": "sparsified", "gate": "gated", "convert": "dynamic"}.get(
-        step.name, step.name
-    )
+    names = {"prune": "pruned", "sparsify": "sparsified", "retrain": "retrained", "gate": "gated", "convert": "dynamic"}
+    return names.get(step.name, step.name)
 
 
 def take(
@@ -90,6 +92,12 @@ def take(
     if isinstance(step, Sparsify):
         assert data is not None
         return sparsify(graph, data.train, **{**asdict(step), "optimizer": _OPTIMIZERS[step.optimizer]}, **common)
+    if isinstance(step, Retrain):
+        assert data is not None
+        options = {**asdict(step), "optimizer": _OPTIMIZERS[step.optimizer]}
+        early = None if step.early is None else load_model(step.early, samples=example_inputs)
+        whole = None if early is None else capture(early.module, early.example_inputs).to(device)
+        return retrain(graph, data.train, **{**options, "early": whole}, **common)
     if isinstance(step, Gate):
         assert data is not None
         return gate(graph, example_inputs, data=data, **asdict(step), **common)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..passes.capture import split_inputs
+from ..passes.rows import take_rows
 from ..runtime.dynamic import DynamicModel
 from ..runtime.policy import ExitPolicy
 from ..runtime.running import Pieces
@@ -72,7 +73,7 @@ def _walk(pieces: Pieces, inputs: Any, policy: ExitPolicy, device: torch.device)
     for k, stage in enumerate(pieces.stages):
         if k and part.stop > 1:  # those who stay are gathered
             owned = pieces.stages[k - 1].per_sample
-            values = [x.index_select(0, everybody) if own else x for x, own in zip(values, owned, strict=True)]
+            values = [take_rows(x, everybody) if own else x for x, own in zip(values, owned, strict=True)]
         values = stage.body(*values)[: len(stage.outputs)]
         found.append(clock.lap() / part.stop)
         if stage.head is not None:

@@ -1,7 +1,8 @@
-"""Controls for a learned structure: the same shape with its own earlier weights, or with random ones.
+"""Controls for a learned structure: the same shape with its own earlier weights, or with random ones, trained anew.
 
 `rewind`, trained again, is a lottery ticket (Frankle & Carbin, ICLR 2019, section 2). `reinit`, trained, is its
 control, and is the small model from scratch: it shows whether learning the structure from the large one was worth it.
+`retrain` is either of them, trained.
 """
 
 from typing import Any
@@ -15,6 +16,37 @@ from ..passes.copying import deep_copy
 from ..passes.counted import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
 from ..passes.kinds import BRANCH
 from ..passes.plan import Plan, plan_axes
+from .batches import LabelledData
+from .losses import cross_entropy
+from .trainer import LossFunction, fit
+
+
+def retrain(
+    small: fx.GraphModule,
+    data: LabelledData,
+    *,
+    early: fx.GraphModule | None = None,
+    epochs: int = 10,
+    seed: int = 0,
+    loss_fn: LossFunction = cross_entropy,
+    **options: Any,
+) -> fx.GraphModule:
+    """A model of the shape of `small`, trained from the weights of `early`, or from random ones.
+
+    Args:
+        small: what `sparsify` or `prune` made; without `early`, any captured model.
+        data: map-style, of (inputs, label); labels as `loss_fn` wants them.
+        early: as for `rewind`; None = `reinit`.
+        seed: of the random weights and of the order of the data.
+        options: of `trainer.fit`: optimizer, lr, batch_size, mixed_precision, device, run_dir, resume, progress.
+
+    Raises:
+        RequestError: as `rewind`, or data missing or unfit.
+        DynCompressError: the training failed.
+    """
+    gm = reinit(small, seed) if early is None else rewind(small, early)
+    fit(gm, loss_fn, data, epochs=epochs, seed=seed, **options)
+    return gm.eval()
 
 
 @torch.no_grad()
@@ -70,5 +102,9 @@ def _plan(small: fx.GraphModule, early: fx.GraphModule) -> Plan:
         raise RequestError("the smaller model carries no report: it has to come from sparsify or prune")
     axes = infer_axes(early)
     kept = {name: axis["kept"] for name, axis in report["kept"].items()}
+    for name in kept.keys() - {axis.name for axis in axes}:
+        raise RequestError(
+            f"the earlier weights are of another model, without {name}: give the one that was made smaller"
+        )
     gone = {name for name, indices in kept.items() if not indices and report["kept"][name]["kind"] != BRANCH}
     return plan_axes(axes, as_keep(axes, {name: indices for name, indices in kept.items() if name not in gone}))

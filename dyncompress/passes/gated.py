@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from .blocks import Flow, like
 from .insertion import container
 from .mutation import aliases, is_fresh, overwritten
+from .rows import add_rows_, take_rows
 
 aten = torch.ops.aten
 Body = Callable[[Sequence[fx.Node], Sequence[fx.Node], Sequence[fx.Node]], fx.GraphModule]
@@ -156,11 +157,9 @@ class GatedBranch(nn.Module):
             added = self.body.forward(*entering)[0]
             same = self.fresh and in_place and added.dtype == shortcut.dtype
             return added.add_(shortcut) if same else shortcut + added
-        taken = [x.index_select(0, rows) if own else x for x, own in zip(entering, self.per_sample, strict=True)]
+        taken = [take_rows(x, rows) if own else x for x, own in zip(entering, self.per_sample, strict=True)]
         added = self.body.forward(*taken)[0].to(shortcut.dtype)
-        if self.spent and in_place:
-            return shortcut.index_add_(0, rows, added)
-        return shortcut.index_add(0, rows, added)
+        return add_rows_(shortcut if self.spent and in_place else shortcut.clone(), rows, added)
 
 
 class Skipping:

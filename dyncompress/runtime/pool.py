@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..passes.capture import Inputs
+from ..passes.rows import take_rows
 from .arrivals import Arrival
 from .policy import ExitPolicy, State
 from .running import GateCount, Pieces, Prediction
@@ -61,7 +62,7 @@ class _Group:
         """Any of the samples."""
         on = next(v for v, own in zip(self.values, self.per_sample, strict=True) if own).device
         index = torch.tensor(rows, device=on)
-        return self._picked(lambda v: v.index_select(0, index), [self.tickets[row] for row in rows])
+        return self._picked(lambda v: take_rows(v, index), [self.tickets[row] for row in rows])
 
     def _picked(self, pick: Callable[[Tensor], Tensor], tickets: Tickets) -> "_Group":
         values = [pick(v) if own else v for v, own in zip(self.values, self.per_sample, strict=True)]

@@ -118,6 +118,26 @@ class Sparsify:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Retrain:
+    """A control: trains the shape of a smaller model anew, from random or from earlier weights. Needs data."""
+
+    name: ClassVar[str] = "retrain"
+
+    early: str | None = None
+    """A lottery ticket: the model that was made smaller, with earlier weights; a MODEL that is not a state dict."""
+    epochs: int = 10
+    """Passes over the training split."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum 0.9."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    batch_size: int = 128
+    """Samples per training step."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of training; by default what accelerate is configured to."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LowRank:
     """A baseline: replaces linear layers and convolutions by two thinner ones each."""
 
@@ -251,6 +271,6 @@ class Export:
     """Name of the file, in the run folder."""
 
 
-Making = Prune | Sparsify | LowRank | Unstructured | Gate | Convert  # what makes another model
+Making = Prune | Sparsify | Retrain | LowRank | Unstructured | Gate | Convert  # what makes another model
 Step = Making | Export
 STEPS: dict[str, type[Step]] = {kind.name: kind for kind in typing.get_args(Step)}

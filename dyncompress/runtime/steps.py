@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..passes.rows import take_rows
 from .policy import ExitPolicy, State
 from .running import GateCount, Pieces
 
@@ -48,7 +49,7 @@ class Steps:
         if len(stay) == 0:
             return Step(k, z, stay)
         owned = self.pieces.stages[k].per_sample
-        values = [x.index_select(0, stay) if own else x for x, own in zip(values, owned, strict=True)]
+        values = [take_rows(x, stay) if own else x for x, own in zip(values, owned, strict=True)]
         return Step(k, z, stay, values, tuple(remembered.index_select(0, stay) for remembered in state))
 
     def in_blocks(self, k: int, values: Sequence[Any], n: int, state: State, rows: Tensor | None) -> Step:
