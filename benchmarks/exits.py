@@ -6,7 +6,7 @@
 
 A network is trained once per seed; every recipe then puts three exits into a copy of it and trains them for as many
 epochs, on a frozen trunk or together with it. Thresholds are those that lose at most half a point on the calibration
-split; budgets are met there, too. Everything else is of the test split. An MSDNet of ten layers has exits of its own,
+split; budgets are met there, too. Everything else is of the test split. An MSDNet of seven layers has exits of its own,
 four with its last; its static network is trained on the last one's answers alone. Texts are cut at 64 words; the
 first 30,000 of AG News are trained on.
 
@@ -47,7 +47,7 @@ EPOCHS, EXITS, TRUNK_LR, REPEATS = 2, 3, 0.01, 5
 CALLS = {1: 128, 16: 16, 256: 4}  # batch size -> how many batches
 TEXTS = {"ag_news": 3, "sst2": 5}  # epochs of a text encoder's first training
 LENGTH, SENTENCES, TEXT_LR, TEXT_BATCH = 64, 30_000, 1e-3, 64
-ANYTIME = {"exits": EXITS + 1, "base": 1, "step": 3}  # of an MSDNet
+ANYTIME = {"exits": EXITS + 1, "base": 1, "step": 2}  # of an MSDNet
 BUDGETS = (0.3, 0.5, 0.7)
 FROZEN = ("sum", "weighted", "ramped", "distill", "distill-all", "ztw", "frozen-teacher")
 JOINT = ("sum", "distill", "distill-all")
