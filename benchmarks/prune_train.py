@@ -35,7 +35,7 @@ from dyncompress.passes.copying import deep_copy
 from dyncompress.passes.cost import count_macs, count_parameters
 
 RESULTS = Path(__file__).with_suffix(".json")
-EPOCHS, LEARNING, MACS, FLOOR, ROUND_TO = 8, 3, 0.3, 0.1, 8
+EPOCHS, LEARNING, MACS, FLOOR, ROUND_TO = 10, 3, 0.25, 0.1, 8
 
 
 def trained(train: Callable[[], fx.GraphModule], test: Any, whole: int) -> dict[str, Any]:
