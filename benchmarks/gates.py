@@ -159,7 +159,7 @@ class Bench:
 
     def times(self, name: str, macs: float) -> dict[str, Any]:
         """Per call, and the speed-up over what the MACs promise."""
-        static, model = self.static(), self.model(name)
+        static, model = self.first().eval(), self.model(name)
         run = model.predict if isinstance(model, dc.DynamicModel) else model.eval()
         ms = measure_latency({"static": static, "this": run}, latency_inputs(self.whole.test, CALLS))
         speed_up = {size: ms["static"][size] / ms["this"][size] for size in CALLS}
