@@ -65,7 +65,8 @@ def by_hand(logits: list[np.ndarray], policy: ExitPolicy) -> list[int]:
 
 
 def policy_for(made: DynamicModel, batch: Any, rule: str, exits: int) -> ExitPolicy:
-    """Thresholds, each well between two samples' scores, that let half of those still there leave at each exit."""
+    """Thresholds, each well between two samples' scores, that let half of those still there leave at each exit; the
+    last one stays."""
     temperatures = tuple(1.0 + 0.5 * k for k in range(exits))
     thresholds = []
     logits = [z.double().numpy() for z in call(made.all_logits, batch)]
@@ -74,6 +75,8 @@ def policy_for(made: DynamicModel, batch: Any, rule: str, exits: int) -> ExitPol
         p = np.array([softmax(row) for row in z / t])
         sure = p.max(1) if rule == "max-softmax" else -(p * np.log(p)).sum(1) / math.log(p.shape[1])
         scores = np.sort(sure[there])
+        if len(scores) == 1:
+            scores = np.array([scores[0], 1.0] if rule == "max-softmax" else [0.0, scores[0]])
         middle = len(scores) // 2
         thresholds.append(float((scores[middle - 1] + scores[middle]) / 2))
         there &= ~(sure >= thresholds[-1] if rule == "max-softmax" else sure <= thresholds[-1])
