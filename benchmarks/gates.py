@@ -20,11 +20,12 @@ A network is trained (`resnet_sparsity.py`), and then, for as many epochs each o
     shallower   sparsified to the same MACs by group lasso over residual branches, then trained on; same teacher
 
 Accuracy on the test images in float32, MACs as counted while predicting them. Milliseconds per call on test images,
-static and gated taking turns; `realised` is the speed-up over the reduction of MACs. What is measured is not measured
-again.
+static and gated taking turns; `realised` is the speed-up over the reduction of MACs, `all_open` the time with every
+gate open over the static network's. What is measured is not measured again.
 """
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,10 +161,14 @@ class Bench:
     def times(self, name: str, macs: float) -> dict[str, Any]:
         """Per call, and the speed-up over what the MACs promise."""
         static, model = self.first().eval(), self.model(name)
-        run = model.predict if isinstance(model, dc.DynamicModel) else model.eval()
-        ms = measure_latency({"static": static, "this": run}, latency_inputs(self.whole.test, CALLS))
+        gated = isinstance(model, dc.DynamicModel)
+        runs = {"static": static, "this": model.predict if gated else model.eval()}
+        runs |= {"open": opened(model).predict} if gated else {}
+        ms = measure_latency(runs, latency_inputs(self.whole.test, CALLS))
         speed_up = {size: ms["static"][size] / ms["this"][size] for size in CALLS}
+        all_open = {str(size): round(ms["open"][size] / ms["static"][size], 3) for size in CALLS} if gated else None
         return {
+            "all_open": all_open,
             "ms": {str(size): [round(ms[side][size], 3) for side in ("static", "this")] for size in CALLS},
             "speed_up": {str(size): round(speed_up[size], 3) for size in CALLS},
             "realised": {str(size): round(speed_up[size] * macs, 3) for size in CALLS},
@@ -190,6 +195,16 @@ def open_rates(gated: dc.DynamicModel, branches: list[str]) -> list[float]:
     found = dict(zip(report["branches"], report["open"], strict=True))
     found |= dict.fromkeys(report["settled"]["always"], 1.0) | dict.fromkeys(report["settled"]["never"], 0.0)
     return [found[branch] for branch in branches]
+
+
+@torch.no_grad()
+def opened(gated: dc.DynamicModel) -> dc.DynamicModel:
+    """A copy whose gates open for everybody."""
+    model = copy.deepcopy(gated)
+    for name, parameter in model.trunk.named_parameters():
+        if name.startswith("gates") and name.endswith("out.bias"):
+            parameter.fill_(100.0)
+    return model
 
 
 NAMES = {
