@@ -91,13 +91,11 @@ def take(
         return _baseline(step, graph, data, **common)
     if isinstance(step, Sparsify):
         assert data is not None
-        return sparsify(graph, data.train, **{**asdict(step), "optimizer": _OPTIMIZERS[step.optimizer]}, **common)
+        return sparsify(graph, data.train, **_options(step), **common)
     if isinstance(step, Retrain):
         assert data is not None
-        options = {**asdict(step), "optimizer": _OPTIMIZERS[step.optimizer]}
-        early = None if step.early is None else load_model(step.early, samples=example_inputs)
-        whole = None if early is None else capture(early.module, early.example_inputs).to(device)
-        return retrain(graph, data.train, **{**options, "early": whole}, **common)
+        early = None if step.early is None else _captured(step.early, example_inputs, device)
+        return retrain(graph, data.train, **{**_options(step), "early": early}, **common)
     if isinstance(step, Gate):
         assert data is not None
         return gate(graph, example_inputs, data=data, **asdict(step), **common)
@@ -105,6 +103,16 @@ def take(
 
 
 _OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9)}
+
+
+def _options(step: Sparsify | Retrain) -> dict[str, Any]:
+    """The fields of a step as its function takes them."""
+    return {**asdict(step), "optimizer": _OPTIMIZERS[step.optimizer]}
+
+
+def _captured(spec: str, samples: Any, device: torch.device) -> fx.GraphModule:
+    loaded = load_model(spec, samples=samples)
+    return capture(loaded.module, loaded.example_inputs).to(device)
 
 
 def _prune(step: Prune, model: fx.GraphModule, data: Splits | None, *, seed: int, **run: Any) -> fx.GraphModule:

@@ -102,9 +102,10 @@ def _plan(small: fx.GraphModule, early: fx.GraphModule) -> Plan:
         raise RequestError("the smaller model carries no report: it has to come from sparsify or prune")
     axes = infer_axes(early)
     kept = {name: axis["kept"] for name, axis in report["kept"].items()}
-    for name in kept.keys() - {axis.name for axis in axes}:
+    missing = sorted(kept.keys() - {axis.name for axis in axes})
+    if missing:
         raise RequestError(
-            f"the earlier weights are of another model, without {name}: give the one that was made smaller"
+            f"the earlier weights are of another model, without {missing[0]}: give the one that was made smaller"
         )
     gone = {name for name, indices in kept.items() if not indices and report["kept"][name]["kind"] != BRANCH}
     return plan_axes(axes, as_keep(axes, {name: indices for name, indices in kept.items() if name not in gone}))
