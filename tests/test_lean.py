@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyncompress as dc
-from dyncompress.passes.gates import GATES, InsertGates
+from dyncompress.passes.gates import GATES, POLICY, InsertGates
 from dyncompress.runtime.dynamic import DynamicModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:the .* gates cost")  # the models are tiny
@@ -40,18 +40,47 @@ def forced(name: str, gate: str, bias: float) -> DynamicModel:
     return dyn
 
 
+def reads(dyn: DynamicModel, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a call waits for numbers of the device, by what it waits with."""
+    lists, plain = Counter[str](), Tensor.tolist
+
+    def counted(tensor: Tensor) -> Any:
+        lists["tolist"] += 1
+        return plain(tensor)
+
+    with monkeypatch.context() as patched, Ops() as ops:
+        patched.setattr(Tensor, "tolist", counted)
+        dyn.predict(x)
+    found = lists + ops.count
+    names = ("_local_scalar_dense", "nonzero", "count_nonzero", "is_nonzero", "tolist")
+    return {name: found[name] for name in names if found[name]}
+
+
 @pytest.mark.parametrize("gate", GATES)
-def test_a_decision_is_waited_for_once(gate: str) -> None:
-    """At batch 1 one number is read per gate; beyond, the rows are, and nothing else is."""
+def test_a_decision_is_waited_for_once(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At batch 1 one number is read per gate; beyond, the rows are, and nothing else; a policy's are read at once."""
     for size, read in ((1, "_local_scalar_dense"), (6, "nonzero")):
         for dyn in (forced("resnet", gate, 1e4), forced("resnet", gate, -1e4), gated("resnet", gate)):
-            x = CASES["resnet"].batch(size)
-            with Ops() as ops:
-                dyn.predict(x)
-            reads = {
-                name: ops.count[name] for name in ("_local_scalar_dense", "nonzero", "count_nonzero", "is_nonzero")
-            }
-            assert {name: n for name, n in reads.items() if n} == {read: 4}
+            found = reads(dyn, CASES["resnet"].batch(size), monkeypatch)
+            assert found == ({"tolist": 1} if gate == POLICY else {read: 4})
+
+
+def test_a_policy_is_read_once_per_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that stay after an exit are fewer, and have places of their own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        dyn = DynamicModel(dc.InsertExits(1)(gated_graph("resnet", POLICY)).gm).eval()
+    x = CASES["resnet"].batch(6)
+    with torch.no_grad():
+        first, last = dyn.all_logits(x)
+        half = float(first.softmax(-1).amax(-1).median())
+        dyn.policy = dc.ExitPolicy("max-softmax", (half,), (1.0,))
+        stages = [stage for stage in dyn._pieces().stages if len(stage.branch_macs) > 1]
+        assert reads(dyn, x, monkeypatch) == {"tolist": len(stages), "nonzero": 1}  # and who stays
+        answer = dyn.predict(x)
+        assert 0 < int((answer.exit_index == 0).sum()) < 6
+        expected = torch.where((answer.exit_index == 0)[:, None], first, last)
+    torch.testing.assert_close(answer.logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 6])

@@ -5,6 +5,7 @@ total = shortcut + branch * open     becomes     total[open] = shortcut[open] + 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -127,6 +128,21 @@ def _unread(nodes: Sequence[fx.Node]) -> dict[fx.Node, None]:
     return {node: None for node in nodes if node not in needed}
 
 
+class Rows(NamedTuple):
+    """How many samples of a batch a gate is open for, and their places, (number,) int64; None for a batch of one."""
+
+    number: int
+    places: Tensor | None = None
+
+
+def rows_of(opened: Tensor) -> Rows:
+    """Decisions (N,) bool, read from the device."""
+    if opened.shape[0] == 1:
+        return Rows(int(opened.item()))
+    places = opened.nonzero().flatten()
+    return Rows(places.shape[0], places)
+
+
 class GatedBranch(nn.Module):
     """Adds a branch to the samples whose gate is open.
 
@@ -145,15 +161,13 @@ class GatedBranch(nn.Module):
         self.spent, self.fresh = spent, fresh
         self.macs_per_sample = macs_per_sample
 
-    def forward(self, opened: Tensor, shortcut: Tensor, *entering: Tensor) -> Tensor:
-        """`opened` (N,) bool, the rest (N, ...) where per sample; the decisions are read once per call."""
-        n = opened.shape[0]
-        rows = None if n == 1 else opened.nonzero().flatten()
-        count = int(opened.item()) if rows is None else rows.shape[0]
-        if count == 0:
+    def forward(self, opened: Tensor | Rows, shortcut: Tensor, *entering: Tensor) -> Tensor:
+        """`opened` (N,) bool, or what was read of it; the rest (N, ...) where per sample."""
+        number, rows = opened if isinstance(opened, Rows) else rows_of(opened)
+        if number == 0:
             return shortcut.clone() if self.copied and not self.spent else shortcut
         in_place = not torch.is_grad_enabled()
-        if rows is None or count == n:
+        if rows is None or number == shortcut.shape[0]:
             added = self.body.forward(*entering)[0]
             same = self.fresh and in_place and added.dtype == shortcut.dtype
             return added.add_(shortcut) if same else shortcut + added

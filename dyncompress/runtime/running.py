@@ -19,6 +19,7 @@ from ..passes.stages import Stage, split_stages, without_exits
 from .cache_blocks import blocks, bytes_per_sample
 from .inputs import CallReader
 from .lean import make_lean
+from .one_read import use_one_read
 
 
 class GateCount:
@@ -103,6 +104,7 @@ class Pieces:
                 if isinstance(module, GatedBranch):
                     vars(module.body)["trunk"] = trunk
                     make_lean(module.body)
+            use_one_read(piece)
             make_lean(piece)
             vars(piece)["trunk"] = trunk  # every node asks for it, and a child module is found by a call in Python
         self.branch_macs = [stage.branch_macs for stage in self.stages]
