@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
 from torch import Tensor, fx, nn
 from torch.utils.data import TensorDataset
 
@@ -20,7 +19,7 @@ from dyncompress.compress.data_free import splits_of_impressions
 from dyncompress.compress.evaluate import evaluate
 from dyncompress.compress.few_samples import Blends, few_shots
 from dyncompress.compress.impression_store import FILE
-from dyncompress.compress.impressions import Synthesis, class_similarity, draw_targets, make_impressions
+from dyncompress.compress.impressions import Synthesis, make_impressions
 from dyncompress.compress.norm_statistics import mismatch
 from dyncompress.compress.trainer import fit
 from dyncompress.errors import RequestError
@@ -96,35 +95,15 @@ def test_impressions_have_the_statistics_of_the_data() -> None:
     assert distances(data).mean() < 0.1  # so that the distances mean something
 
 
-def test_the_network_answers_the_targets() -> None:
+def test_the_network_answers_the_classes() -> None:
     made = impressions()
-    assert made.inputs.shape == (48, 1, 8, 8) and made.targets.shape == (48, 3)
+    assert made.inputs.shape == (48, 1, 8, 8)
     assert made.classes.tolist() == [k % 3 for k in range(48)]
     with torch.no_grad():
         answers = trained()(made.inputs).softmax(-1)
         noise = trained()(torch.randn(48, 1, 8, 8)).softmax(-1)
-    assert float((answers - made.targets).abs().sum(-1).mean()) < 0.25
-    assert float((noise - made.targets).abs().sum(-1).mean()) > 0.5
-
-
-def test_targets_are_drawn_from_the_dirichlet_of_their_class() -> None:
-    similarity = torch.tensor([[1.0, 0.5, 0.01], [0.4, 1.0, 0.2], [0.01, 0.3, 1.0]])
-    classes = torch.full((4000,), 1)
-    drawn = draw_targets(similarity, classes, torch.Generator().manual_seed(0)).double().numpy()
-    assert np.allclose(drawn.sum(1), 1, atol=1e-5)
-    row = np.array([0.4, 1.0, 0.2])
-    assert drawn.mean(0) == pytest.approx(row / row.sum(), abs=0.02)  # both betas have the same mean
-    both = [stats.dirichlet(beta * row).var() for beta in (1.0, 0.1)]
-    assert drawn.var(0) == pytest.approx(np.mean(both, 0), rel=0.08)
-
-
-def test_similarity_is_the_correlation_of_answers_by_row() -> None:
-    logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    wanted = np.corrcoef(logits.numpy().T)
-    wanted = (wanted - wanted.min(1, keepdims=True)) / (1 - wanted.min(1, keepdims=True))
-    assert class_similarity(logits).numpy() == pytest.approx(np.maximum(wanted, 0.01), abs=1e-6)
-    same = class_similarity(torch.stack([torch.arange(5.0), torch.ones(5)], 1))
-    assert same.tolist() == [[1.0, pytest.approx(0.01)], [pytest.approx(0.01), 1.0]]
+    of_class = torch.arange(48), made.classes
+    assert float(answers[of_class].min()) > 0.9 and float(noise[of_class].mean()) < 0.6
 
 
 def test_an_interrupted_synthesis_resumes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +128,7 @@ def test_an_interrupted_synthesis_resumes_to_the_same(tmp_path: Path, monkeypatc
         patch.setattr(torch, "save", lambda *args: (counted.append(1), saved(*args)))
         resumed = make_impressions(captured(), X, how, seed=5, run_dir=tmp_path / "cut", resume=True, **QUIET)
     assert len(counted) == 3  # the second batch never reached its place
-    for name in ("inputs", "classes", "targets"):
+    for name in ("inputs", "classes"):
         assert torch.equal(getattr(whole, name), getattr(resumed, name))
     assert (tmp_path / "cut" / FILE).exists()
 
@@ -198,17 +177,20 @@ def test_exits_are_distilled_without_data() -> None:
     assert result.mean_macs < 0.99 * model.static_macs  # type: ignore[operator]
 
 
-def test_a_budget_is_spent_on_the_surest_impressions() -> None:
-    net, options = trained(), {"seed": 0, "device": torch.device("cpu"), "progress": False}
-    every, surest = (
-        splits_of_impressions(capture(net, X), X, 200, budget=budget, **options)[1] for budget in (False, True)
+def test_thresholds_are_chosen_on_impressions_held_out_as_they_are_and_blended() -> None:
+    made = make_impressions(captured(), X, Synthesis(count=60, batch_size=60), seed=3, **QUIET).inputs
+    _, calibration = splits_of_impressions(captured(), X, 60, seed=3, device=torch.device("cpu"), progress=False)
+    assert len(calibration) == 96  # 12 held out, four times as they are and four times blended
+    shown, labels = (
+        torch.stack(column) for column in zip(*((x, torch.tensor(y)) for x, y in calibration), strict=True)
     )
+    held = made[-12:].repeat(4, 1, 1, 1).flatten(1).sort(1).values  # on 8 x 8 nothing is shifted
+    assert torch.equal(shown[:48].flatten(1).sort(1).values, held)
+    blended = shown[48:].flatten(1)
+    same = sum(any(torch.equal(row, other) for other in shown[:48].flatten(1)) for row in blended)
+    assert same < 12  # one in twelve meets itself
     with torch.no_grad():
-        sure = [float(net(every[i][0][None]).softmax(-1).max()) for i in range(40)]
-    ten = sorted(range(40), key=sure.__getitem__)[:-11:-1]
-    assert len(every) == 40 and len(surest) == 10
-    for i, k in enumerate(ten):
-        assert torch.equal(surest[i][0], every[k][0]) and surest[i][1] == every[k][1]
+        assert torch.equal(trained()(shown).argmax(-1), labels)
 
 
 def test_exits_learn_from_a_few_shots() -> None:

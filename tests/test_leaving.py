@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from dyncompress.compress import candidates
-from dyncompress.compress.candidates import Cached, Candidates, by_genetic_search, by_quota
+from dyncompress.compress.candidates import Cached, Candidates, by_genetic_search, by_one_threshold, by_quota
 from dyncompress.compress.choose import choose_policy
 from dyncompress.compress.scorer import fit_scorer
 from dyncompress.compress.shares import quota_shares, shares_of, thresholds_for_shares
@@ -87,6 +87,18 @@ def test_quotas_are_proportional_to_powers() -> None:
 
 
 # --- candidates --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["max-softmax", "entropy", "patience"])
+def test_one_threshold_for_all_exits(rule: str) -> None:
+    data = cached(samples=60)
+    policies = by_one_threshold(template(rule, data), data)
+    assert all(len(set(policy.thresholds)) == 1 for policy in policies) and policies[-1].thresholds == (None,) * 3
+    assert len(policies) == (181 if rule != "patience" else 4)  # every score of three exits; 1, 2 or 3 that agree
+    found = Candidates(policies, data).for_macs(50)
+    low, high = RULES[rule].bounds[0], min(RULES[rule].bounds[1], 3.5)
+    fine = [data.play(replace(policies[0], thresholds=(t,) * 3)) for t in np.linspace(low, high, 700).tolist()]
+    assert found.accuracy >= max(p.accuracy for p in fine if p.mean_macs <= 50)
 
 
 def test_candidates_are_played_like_a_plain_loop() -> None:
@@ -190,7 +202,14 @@ def easy() -> tuple[DynamicModel, TensorDataset]:
 
 @pytest.mark.parametrize(
     ("rule", "kind"),
-    [("margin", None), ("energy", "quota"), ("patience", None), ("learned", "genetic"), ("max-softmax", "quota")],
+    [
+        ("margin", None),
+        ("energy", "quota"),
+        ("patience", None),
+        ("learned", "genetic"),
+        ("max-softmax", "quota"),
+        ("margin", "uniform"),
+    ],
 )
 def test_every_rule_can_be_chosen(rule: str, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "_TRIALS", 80)
@@ -239,7 +258,7 @@ def test_exits_that_are_wrong_cannot_promise_anything() -> None:
     ("options", "message"),
     [
         ({"rule": "patience", "threshold_search": "grid"}, "the grid cannot enumerate rule 'patience'"),
-        ({"threshold_search": "random"}, "unknown threshold_search 'random': give grid, genetic, quota"),
+        ({"threshold_search": "random"}, "unknown threshold_search 'random': give grid, genetic, quota, uniform"),
         ({"risk": 0.1, "macs": 0.5}, "give one of them"),
         ({"risk": 2.0}, "must lie between 0 and 1"),
         ({"risk_of": "luck"}, "unknown risk_of 'luck'"),

@@ -63,7 +63,7 @@ def write(
         report["risk"], report["exit_costs"] = done["risk"], done["latency"]
         _draw(folder, report, first, name, done["exits"])
     for made in (folder / folders.STEPS).glob(f"*/{impression_store.FILE}"):
-        inputs, classes, _ = zip(*impression_store.read_impressions(made)["batches"], strict=True)
+        inputs, classes = zip(*impression_store.read_impressions(made)["batches"], strict=True)
         plots.plot_impressions(folder / "impressions.png", torch.cat(inputs).numpy(), torch.cat(classes).numpy())
     with (folder / TABLE).open("w", encoding="utf-8") as file:
         show(report, Console(file=file, width=_TABLE_WIDTH), verbose=True)

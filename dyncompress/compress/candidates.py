@@ -1,4 +1,4 @@
-"""A choice among listed policies: by quota, by a genetic search, or whatever a rule with memory needs.
+"""A choice among listed policies: by quota, of one threshold, by genetic search, or whatever a rule with memory needs.
 
 Every candidate is played on the calibration set once; `Candidates` answers the questions of `ThresholdSearch` from that
 table. The genetic search (NSGA-II, Deb et al. 2002, by optuna) evolves the shares that leave at each exit, and so meets
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..errors import RequestError
 from ..passes.stages import Stage, split_stages
 from ..runtime.dynamic import DynamicModel
-from ..runtime.policy import ExitPolicy
+from ..runtime.policy import RULES, ExitPolicy, State
 from .batches import LabelledData, call, in_order
 from .call_costs import Costs
 from .distill import UNLABELLED
@@ -27,7 +27,7 @@ from .points import Floats, Ints, Objective, OperatingPoint, Search, exit_costs,
 from .shares import quota_shares, thresholds_for_shares
 from .thresholds import ThresholdSearch
 
-_TRIALS, _POPULATION = 500, 40
+_TRIALS, _POPULATION, _THRESHOLDS = 500, 40, 200
 _OFF, _NOBODY = -0.2, -0.1  # a gene between the two switches its exit off, one from there to 0 lets nobody leave
 
 
@@ -154,6 +154,22 @@ def by_quota(template: ExitPolicy, cached: Cached) -> list[ExitPolicy]:
     """The 39 policies of budgeted batch classification; rule, temperatures and weights as the template's."""
     quotas = quota_shares(len(cached.head_macs))
     return [thresholds_for_shares(template, cached.logits, shares) for shares in quotas]
+
+
+def by_one_threshold(template: ExitPolicy, cached: Cached) -> list[ExitPolicy]:
+    """Policies with one threshold for all exits, at up to 200 of all their scores; the last has all exits off.
+
+    It suits rules whose scores mean the same at every exit, as calibrated probabilities do and energies do not.
+    """
+    scores: list[Tensor] = []
+    state: State = ()
+    for k, logits in enumerate(cached.logits[:-1]):
+        score, state = template.score(k, logits, state)
+        scores.append(score.double())
+    met = torch.cat(scores).clamp(*RULES[template.rule].bounds).unique()
+    picked = met[torch.linspace(0, len(met) - 1, min(len(met), _THRESHOLDS)).round().long()].tolist()
+    exits = len(scores)
+    return [replace(template, thresholds=(threshold,) * exits) for threshold in (*picked, None)]
 
 
 def by_genetic_search(

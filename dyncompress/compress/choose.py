@@ -14,7 +14,7 @@ from ..runtime.policy import RULES, ExitPolicy, Fallback, OperatingPolicy
 from .batches import LabelledData
 from .calibrate import Calibration, calibrate_exits
 from .call_costs import Cost, Costs, time_costs
-from .candidates import Cached, Candidates, by_genetic_search, by_quota, collect_cached
+from .candidates import Cached, Candidates, by_genetic_search, by_one_threshold, by_quota, collect_cached
 from .goals import Goal, RiskKind, SearchKind
 from .points import OperatingPoint, Search
 from .risk import RiskControl, control_risk, risk_path
@@ -52,7 +52,8 @@ def choose_policy(
         calibration: map-style, of (inputs, int label), not trained on; samples with label -1 are left out.
         rule: a name in `runtime.policy.RULES`.
         threshold_search: "grid" is exact on a grid (`thresholds`), "quota" tries 39 divisions of the samples
-            (`shares`), "genetic" evolves divisions (`candidates`); None = grid, or genetic where a policy remembers.
+            (`shares`), "genetic" evolves divisions, "uniform" tries one threshold for all exits (`candidates`); None =
+            grid, or genetic where a policy remembers.
         max_loss: accuracy (0..1) that may be lost on unseen samples. On the calibration set less is given away, see
             `slack`, unless more cannot be reached.
         macs, latency: instead, a budget: mean MACs, or mean milliseconds, as a share of the static model's.
@@ -158,6 +159,8 @@ def _search(goal: Goal, template: ExitPolicy, cached: Cached, seed: int, progres
         return cached.grid(template)
     if kind == "quota":
         return Candidates(by_quota(template, cached), cached)
+    if kind == "uniform":
+        return Candidates(by_one_threshold(template, cached), cached)
     return Candidates(by_genetic_search(template, cached, seed=seed, progress=progress), cached)
 
 

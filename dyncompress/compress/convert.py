@@ -95,7 +95,7 @@ def convert(
         freeze_trunk: train the heads only, three times as fast; the final exit stays exactly the static model. Else the
             trained layers learn too, at the peak rate lr * trunk_lr; the final exit may then lose accuracy.
         rule: a name in `runtime.policy.RULES`: max-softmax, entropy, margin, energy, patience or learned.
-        threshold_search: "grid", "genetic" or "quota" (`choose_policy`).
+        threshold_search: "grid", "genetic", "quota" or "uniform" (`choose_policy`); None without data: uniform.
         max_loss: accuracy (0..1) that may be lost, on unseen samples (see `slack`), against the static model or, where
             training the trunk made it better, against the final exit.
         macs, latency: instead, a budget: mean MACs, or mean milliseconds, as a share of the static model's.
@@ -109,6 +109,8 @@ def convert(
         RequestError: wrong arguments or data, no place for the exits, or thresholds that do what is asked do not exist.
         DynCompressError: the training failed.
     """
+    if data is None and threshold_search is None:
+        threshold_search = "uniform"
     leaving: dict[str, Any] = {
         "rule": rule, "threshold_search": threshold_search, "max_loss": max_loss, "macs": macs, "latency": latency,
         "risk": risk, "confidence": confidence, "risk_of": risk_of, "cost": cost, "latency_batch": latency_batch,
@@ -133,8 +135,7 @@ def convert(
     }  # fmt: skip
     if splits is None:
         warnings.warn(COST, stacklevel=2)
-        budget = goal.budget is not None
-        splits = splits_of_impressions(captured, example_inputs, impressions, budget=budget, **run)
+        splits = splits_of_impressions(captured, example_inputs, impressions, **run)
     train, calibration = splits
     dynamic = DynamicModel(_with_exits(captured, exits, head, seed)).eval()
     if shots is not None:

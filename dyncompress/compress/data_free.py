@@ -1,8 +1,8 @@
 """Conversion without data: what the exits are trained on, and what their thresholds are chosen on, are impressions.
 
-A trained network is sure of nearly all its data, but of few impressions, most of which lie between classes. Thresholds
-that keep its answers on impressions are strict, which is safe. A budget is met by whatever share leaves: thresholds
-under which ambiguous impressions leave let nearly all data leave. So a budget is spent on the surest impressions.
+A trained network is surer of an impression, which is one of its ideas of a class, than of data, and less sure of a
+blend of two. Thresholds are chosen on as many of the one as of the other, and are one number for all exits: a search
+for each would fit what exits do on impressions, which early ones answer far better than data.
 """
 
 import os
@@ -22,7 +22,8 @@ from .impressions import Synthesis, make_impressions
 from .losses import logits_of
 
 HELD_OUT = 0.2  # of the impressions: the last ones, for temperatures and thresholds
-_SUREST = 0.25  # of those: what a budget is spent on
+_TIMES = 4  # that each of those is shown as it is, and blended with another: every time shifted, where it is an image
+_EPOCH = 8192  # blends that are one pass of training
 
 COST = (
     "convert without data: exits are trained, and thresholds chosen, on inputs synthesised out of the model; on real "
@@ -48,7 +49,6 @@ def splits_of_impressions(
     example_inputs: Inputs,
     count: int,
     *,
-    budget: bool,
     seed: int,
     device: torch.device,
     mixed_precision: str | None = None,
@@ -59,27 +59,33 @@ def splits_of_impressions(
     """Training data, unlabelled blends of impressions, and calibration data: others, labelled with the model's answers.
 
     Args:
-        model: captured. count: how many impressions. budget: calibrate for a budget, on the surest of the others. The
-            rest are those of `make_impressions`.
+        model: captured. count: how many impressions. The rest are those of `make_impressions`.
 
     Raises:
         RequestError: too few, or as `make_impressions`.
     """
     held_out = round(HELD_OUT * count)
     if held_out < 1:
-        raise RequestError(f"impressions is {count}: give enough to set {HELD_OUT:.0%} aside, such as 1024")
+        raise RequestError(
+            f"impressions is {count}: give enough to set {HELD_OUT:.0%} aside, such as {Synthesis.count}"
+        )
     how = Synthesis(count=count, batch_size=min(count, Synthesis.batch_size))
     inputs = make_impressions(
         model, example_inputs, how,
         seed=seed, device=device, mixed_precision=mixed_precision, run_dir=run_dir, resume=resume, progress=progress,
     ).inputs  # fmt: skip
-    structure = pytree.tree_structure(example_inputs)
     kept, held = inputs[:-held_out], inputs[-held_out:]
-    sure, labels = _answers(model, held, structure, device)
-    if budget:
-        surest = sure.topk(max(1, round(_SUREST * held_out))).indices
-        held, labels = held[surest], labels[surest]
-    return Blends(kept, example_inputs), _Answered(held, structure, labels)
+    shown = _shown(held, example_inputs, seed)
+    structure = pytree.tree_structure(example_inputs)
+    return Blends(kept, example_inputs, _EPOCH), _Answered(shown, structure, _answers(model, shown, structure, device))
+
+
+def _shown(held: Tensor, example_inputs: Inputs, seed: int) -> Tensor:
+    """Inputs to calibrate on (2 * _TIMES * N, ...), out of the impressions `held` (N, ...)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = [Blends(held, example_inputs, _TIMES * len(held), most) for most in (0.0, 0.5)]
+        return torch.stack([pytree.tree_leaves(part[i][0])[0] for part in parts for i in range(len(part))])
 
 
 class _Answered(Dataset[tuple[Any, int]]):
@@ -96,14 +102,12 @@ class _Answered(Dataset[tuple[Any, int]]):
 
 
 @torch.no_grad()
-def _answers(
-    model: fx.GraphModule, inputs: Tensor, structure: pytree.TreeSpec, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The probability and the class, (N,) each, of the answer that the model in evaluation mode gives each input."""
+def _answers(model: fx.GraphModule, inputs: Tensor, structure: pytree.TreeSpec, device: torch.device) -> Tensor:
+    """The class, (N,), that the model in evaluation mode answers to each input."""
     with placed(model, device):
         model.eval()
         rows = [
-            logits_of(call(model, pytree.tree_unflatten([x.to(device)], structure))).float().softmax(-1).max(-1)
+            logits_of(call(model, pytree.tree_unflatten([x.to(device)], structure))).argmax(-1)
             for x in inputs.split(Synthesis.batch_size)
         ]
-    return torch.cat([row.values.cpu() for row in rows]), torch.cat([row.indices.cpu() for row in rows])
+    return torch.cat([row.cpu() for row in rows])

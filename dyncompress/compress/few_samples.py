@@ -1,6 +1,6 @@
 """Much training out of few inputs: some labelled ones of every class, and blends that the model itself answers.
 
-A blend is (1 - s) a + s b of two inputs with s uniform in 0..1/2 (mixup, Zhang et al., ICLR 2018, on inputs alone);
+A blend is (1 - s) a + s b of two inputs with s uniform in 0..most (mixup, Zhang et al., ICLR 2018, on inputs alone);
 images are shifted, too, what leaves on one side coming back on the other. Exits that are distilled learn from the full
 model's answer to it, whatever it shows.
 """
@@ -29,15 +29,15 @@ _SHIFT = 0.1  # of the size, at most
 class Blends(Dataset[tuple[Any, int]]):
     """`size` fresh blends of inputs (N, ...) an epoch, all unlabelled, each in the structure of `example_inputs`."""
 
-    def __init__(self, inputs: Tensor, example_inputs: Inputs, size: int = EPOCH) -> None:
-        self.inputs, self.size = inputs, size
+    def __init__(self, inputs: Tensor, example_inputs: Inputs, size: int = EPOCH, most: float = 0.5) -> None:
+        self.inputs, self.size, self.most = inputs, size, most
         self.structure = pytree.tree_structure(example_inputs)
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        other, share = int(torch.randint(len(self.inputs), ())), 0.5 * float(torch.rand(()))
+        other, share = int(torch.randint(len(self.inputs), ())), self.most * float(torch.rand(()))
         blend = torch.lerp(self.inputs[index % len(self.inputs)], self.inputs[other], share)
         if blend.dim() == _IMAGE_DIMS:
             blend = blend.roll([_shift(size) for size in blend.shape[1:]], (1, 2))

@@ -8,7 +8,7 @@ from ..runtime.policy import RULES, Fallback, check_fallback, check_rule
 from .call_costs import Cost
 from .risk import check_rates
 
-SearchKind = Literal["grid", "genetic", "quota"]
+SearchKind = Literal["grid", "genetic", "quota", "uniform"]
 RiskKind = Literal["disagreement", "accuracy-loss"]
 
 
@@ -38,7 +38,7 @@ class Goal:
         self._check_names()
         if self.threshold_search == "grid" and self.remembers:
             what = f"rule {self.rule!r}" if RULES[self.rule].remembers else f"fallback {self.fallback!r}"
-            raise RequestError(f"the grid cannot enumerate {what}: take threshold_search genetic or quota")
+            raise RequestError(f"the grid cannot enumerate {what}: take threshold_search genetic, quota or uniform")
         if not 0 <= self.max_loss < 1:
             raise RequestError(
                 f"max_loss is {self.max_loss}: give the accuracy that may be lost, e.g. 0.005 for half a point"

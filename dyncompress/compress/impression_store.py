@@ -14,7 +14,7 @@ from ..errors import RequestError
 
 FILE = "impressions.pt"
 
-Batch = tuple[Tensor, Tensor, Tensor]  # inputs (B, ...), classes (B,), targets (B, C)
+Batch = tuple[Tensor, Tensor]  # inputs (B, ...), classes (B,)
 
 
 class ImpressionStore:

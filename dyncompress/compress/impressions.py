@@ -1,13 +1,13 @@
 """Class impressions: inputs that a trained network describes itself, to distil its exits on where the data are gone.
 
-A target y is drawn around a class c, and an input x is moved from noise until the network p answers it:
+An input x is moved from noise until the network p answers a class c with it, all classes in turn:
 
-    y ~ Dirichlet(beta s_c)        s_c: how alike c and every class are, 0..1; beta 1 or 0.1, each for half the targets
-    minimise over x                CE(y, p(x)) + b B(x) + v V(x)
+    minimise over x    CE(c, p(x)) + b B(x) + v V(x)
 
 B, where the network has batch norms: how far the batch is from their statistics (`norm_statistics`). V, where inputs
 are images: the mean absolute difference of neighbouring pixels. (Zero-shot KD, Nayak et al., ICML 2019; DeepInversion,
-Yin et al., CVPR 2020.)
+Yin et al., CVPR 2020.) Zero-shot KD's targets between classes teach exits less: few data lie there. L-BFGS comes three
+times as near to the statistics as Adam in as many steps, whose own noise stays in the first layers' features.
 
 A batch depends on its number and the seed alone, so that an interrupted run resumes exactly.
 """
@@ -34,33 +34,30 @@ from .losses import logits_of
 from .norm_statistics import mismatches
 
 _IMAGE_BATCH_DIMS = 4  # (batch, channels, height, width)
-_BETAS = (1.0, 0.1)
-_LEAST_ALIKE = 0.01  # a Dirichlet's concentrations are positive
+_START = 0.3  # the deviation of the noise
 
 
 @dataclass(frozen=True)
 class Synthesis:
     """How impressions are made.
 
-    count: how many. batch_size: how many at once; a batch as a whole keeps to the statistics. steps: of Adam.
-    lr: Adam's at first, in units of the inputs; it falls as a cosine. batch_norm, variation: the weights b and v.
+    count: how many. batch_size: how many at once; a batch as a whole keeps to the statistics. steps: calls of the
+    network per batch, about as many as steps of L-BFGS. batch_norm, variation: the weights b and v.
     """
 
-    count: int = 1024
+    count: int = 384
     batch_size: int = 128
-    steps: int = 60
-    lr: float = 0.2
+    steps: int = 240
     batch_norm: float = 10.0
     variation: float = 1.0
 
 
 @dataclass(frozen=True)
 class Impressions:
-    """inputs (N, ...) float32, on the CPU; the classes (N,) and targets (N, C) that they were asked for."""
+    """inputs (N, ...) float32, on the CPU; the classes (N,) that they were asked for."""
 
     inputs: Tensor
     classes: Tensor
-    targets: Tensor
 
 
 def make_impressions(
@@ -92,7 +89,7 @@ def make_impressions(
     subject = _Subject(model, example_inputs, torch.device(device), mixed_precision)
     store = ImpressionStore(run_dir, {**asdict(how), "seed": seed, "shape": list(shape)}, resume)
     made = store.saved
-    similarity = class_similarity(subject.answers_to_noise(shape, _random(seed, 0)))
+    classes = subject.classes(shape)
     batches = math.ceil(how.count / how.batch_size)
     bar = tqdm(
         total=batches * how.steps, initial=len(made) * how.steps,
@@ -100,55 +97,33 @@ def make_impressions(
     )  # fmt: skip
     with bar:
         while len(made) < batches:
-            random = _random(seed, len(made) + 1)
-            classes = (torch.arange(how.batch_size) + len(made) * how.batch_size) % len(similarity)
-            targets = draw_targets(similarity, classes, random)
-            noise = torch.randn(how.batch_size, *shape, generator=random)
-            made.append((_answering(subject, noise, targets, how, bar), classes, targets))
+            wanted = (torch.arange(how.batch_size) + len(made) * how.batch_size) % classes
+            noise = _START * torch.randn(how.batch_size, *shape, generator=_random(seed, len(made) + 1))
+            made.append((_answering(subject, noise, wanted, how, bar), wanted))
             store.save(made)
     return Impressions(*(torch.cat(column)[: how.count] for column in zip(*made, strict=True)))
 
 
-def _answering(subject: "_Subject", start: Tensor, targets: Tensor, how: Synthesis, bar: "tqdm[Any]") -> Tensor:
-    """Inputs (B, ...), on the CPU, that were moved from `start` until the network answers the targets (B, C)."""
-    x, wanted = start.to(subject.device).requires_grad_(), targets.to(subject.device)
-    optimizer = torch.optim.Adam([x], lr=how.lr)
-    for step in range(how.steps):
-        optimizer.param_groups[0]["lr"] = 0.5 * how.lr * (1 + math.cos(math.pi * step / how.steps))
+def _answering(subject: "_Subject", start: Tensor, classes: Tensor, how: Synthesis, bar: "tqdm[Any]") -> Tensor:
+    """Inputs (B, ...), on the CPU, that were moved from `start` until the network answers the classes (B,)."""
+    x, wanted = start.to(subject.device).requires_grad_(), classes.to(subject.device)
+    optimizer = torch.optim.LBFGS([x], max_iter=how.steps, max_eval=how.steps, line_search_fn="strong_wolfe")
+    begun = bar.n
+
+    def loss() -> Tensor:
         logits, mismatch = subject(x)
-        loss = F.cross_entropy(logits, wanted) + how.batch_norm * mismatch
+        found = F.cross_entropy(logits, wanted) + how.batch_norm * mismatch
         if x.dim() == _IMAGE_BATCH_DIMS:
-            loss = loss + how.variation * total_variation(x)
+            found = found + how.variation * total_variation(x)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        found.backward()
+        bar.set_postfix(loss=f"{found.item():.3f}", refresh=False)
+        bar.update(min(1, begun + how.steps - bar.n))
+        return found
+
+    optimizer.step(loss)
+    bar.update(begun + how.steps - bar.n)  # it may arrive early
     return x.detach().cpu()
-
-
-def class_similarity(logits: Tensor) -> Tensor:
-    """How alike classes are, (C, C) in 0.01..1: the correlation of their (N, C) logits, each row from its least to 1.
-
-    The rows of the last layer, which zero-shot KD compares, need not exist in a captured graph; answers do.
-    """
-    correlation = torch.corrcoef(logits.double().T).nan_to_num(0.0)  # a logit that never changes is like no other
-    correlation.fill_diagonal_(1.0)
-    least = correlation.amin(1, keepdim=True)
-    return ((correlation - least) / (1 - least).clamp_min(1e-9)).clamp_min(_LEAST_ALIKE).fill_diagonal_(1.0).float()
-
-
-def draw_targets(similarity: Tensor, classes: Tensor, random: torch.Generator) -> Tensor:
-    """A target (N, C) around each of the classes (N,): Dirichlet with concentrations beta times the class's row."""
-    beta = torch.tensor(_BETAS)[torch.randint(len(_BETAS), (len(classes), 1), generator=random)]
-    return dirichlet(beta * similarity[classes], random)
-
-
-def dirichlet(concentration: Tensor, random: torch.Generator) -> Tensor:
-    """One draw per row of the positive concentrations (N, C): gamma variates over their sum."""
-    numbers = np.random.default_rng(int(torch.randint(2**62, (), generator=random)))
-    rows = [numbers.dirichlet(row) for row in concentration.double().numpy()]
-    return torch.from_numpy(np.stack(rows)).float()
 
 
 def total_variation(x: Tensor) -> Tensor:
@@ -189,15 +164,15 @@ class _Subject:
         return logits, torch.stack(found).mean() if found else torch.zeros((), device=self.device)
 
     @torch.no_grad()
-    def answers_to_noise(self, shape: tuple[int, ...], random: torch.Generator, count: int = 256) -> Tensor:
-        """Logits (count, C) of unit noise. Raises RequestError for answers that are not of two or more classes."""
-        logits = self._logits(torch.randn(count, *shape, generator=random).to(self.device)).cpu()
+    def classes(self, shape: tuple[int, ...]) -> int:
+        """How many the network knows. Raises RequestError for answers that are not of two or more classes."""
+        logits = self._logits(torch.zeros(2, *shape, device=self.device))
         if logits.dim() != 2 or logits.shape[1] < 2:
             answer = "x".join(map(str, logits.shape[1:]))
             raise RequestError(
                 f"without data, inputs are synthesised by class, and the model answers {answer} per sample: give data"
             )
-        return logits
+        return logits.shape[1]
 
     def _logits(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bf16):

@@ -191,7 +191,7 @@ class Convert:
     """How they are trained; each of its phases takes the epochs."""
     shots: int | None = None
     """Train on this many labelled samples per class only."""
-    impressions: int = 1024
+    impressions: int = 384
     """How many inputs are synthesised where there is no data."""
     epochs: int = 4
     """Passes over the training split."""
@@ -205,7 +205,7 @@ class Convert:
     """Train the heads only: quicker, and the final exit stays exactly the static model."""
     rule: Literal["max-softmax", "entropy", "margin", "energy", "patience", "learned"] = "max-softmax"
     """Leave at the first exit that is sure: by its probabilities, agreement with those before, a learned score."""
-    threshold_search: Literal["grid", "genetic", "quota"] | None = None
+    threshold_search: Literal["grid", "genetic", "quota", "uniform"] | None = None
     """How thresholds are found; by default on a grid, genetic for patience and learned."""
     max_loss: float = 0.005
     """Accuracy, 0..1, that may be lost against the static model on the calibration split."""
