@@ -94,7 +94,7 @@ def test_one_threshold_for_all_exits(rule: str) -> None:
     data = cached(samples=60)
     policies = by_one_threshold(template(rule, data), data)
     assert all(len(set(policy.thresholds)) == 1 for policy in policies) and policies[-1].thresholds == (None,) * 3
-    assert len(policies) == (181 if rule != "patience" else 4)  # every score of three exits; 1, 2 or 3 that agree
+    assert len(policies) == (181 if rule != "patience" else 3)  # every score of three exits; 1 or 2 that agree
     found = Candidates(policies, data).for_macs(50)
     low, high = RULES[rule].bounds[0], min(RULES[rule].bounds[1], 3.5)
     fine = [data.play(replace(policies[0], thresholds=(t,) * 3)) for t in np.linspace(low, high, 700).tolist()]
