@@ -2,7 +2,7 @@
 
 python benchmarks/data_free.py [--names vgg-digits resnet-digits fashion_mnist] [--rows ...]     writes data_free.json
 
-Three exits on a frozen trunk, in bf16, each row trained on 4 times 4,096 samples or blends: with data; without, on twice
+Three exits on a frozen trunk, in bf16, each row trained on 4 times 4,096 samples or blends: with data; without, twice
 as many blends; with k samples per class, as blends (`shots=k`) and plainly (the samples themselves, as often). Two
 figures at 0.6 of the static model's MACs: `at_0.6`, with thresholds chosen on the test split itself, judges the exits
 alone; `chosen`, with those that the conversion chose for that budget, is what a user gets. A row that the JSON has is
