@@ -4,6 +4,7 @@ python benchmarks/exits_plot.py
 """
 
 import json
+import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,15 +14,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).with_name("exits.json")
+COLUMNS = 4
 
 
 def main() -> None:
     """A panel for each network."""
     networks = json.loads(RESULTS.read_text())["networks"]
-    figure = Figure(figsize=(4.6 * len(networks), 4.2), dpi=130, layout="constrained")
+    rows = math.ceil(len(networks) / COLUMNS)
+    figure = Figure(figsize=(4.6 * COLUMNS, 4.2 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, seeds) in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks.items(), strict=True):
+    panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for (name, seeds), axes in zip(networks.items(), panels, strict=False):
         draw(axes, name, list(seeds.values()))
+    for axes in panels:  # what is left
+        axes.remove()
     figure.savefig(RESULTS.with_suffix(".png"))
 
 
