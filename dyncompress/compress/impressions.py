@@ -35,6 +35,7 @@ from .norm_statistics import mismatches
 
 _IMAGE_BATCH_DIMS = 4  # (batch, channels, height, width)
 _START = 0.3  # the deviation of the noise
+_HISTORY = 10  # of L-BFGS, twice as many copies of a batch
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def make_impressions(
 def _answering(subject: "_Subject", start: Tensor, classes: Tensor, how: Synthesis, bar: "tqdm[Any]") -> Tensor:
     """Inputs (B, ...), on the CPU, that were moved from `start` until the network answers the classes (B,)."""
     x, wanted = start.to(subject.device).requires_grad_(), classes.to(subject.device)
-    optimizer = torch.optim.LBFGS([x], max_iter=how.steps, max_eval=how.steps, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=how.steps, max_eval=how.steps, history_size=_HISTORY, line_search_fn="strong_wolfe"
+    )
     begun = bar.n
 
     def loss() -> Tensor:

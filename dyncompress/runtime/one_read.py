@@ -20,8 +20,8 @@ def use_one_read(piece: fx.GraphModule) -> None:
     ]  # fmt: skip
     if not branches:
         return
-    before, order = set[fx.Node](), list(piece.graph.nodes)
-    before.update(order[: order.index(branches[0])])
+    order = list(piece.graph.nodes)
+    before = set(order[: order.index(branches[0])])
     early = [node for node in branches if before.issuperset(node.args[0].all_input_nodes)]
     if len(early) < 2:
         return
