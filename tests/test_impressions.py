@@ -203,6 +203,11 @@ def test_exits_learn_from_a_few_shots() -> None:
     assert plain.trunk.meta["info"]["convert"]["samples"] == 120
 
 
+def unsound(model: nn.Module) -> nn.Module:
+    next(model.parameters()).data.fill_(torch.nan)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "x", "options", "message"),
     [
@@ -213,6 +218,12 @@ def test_exits_learn_from_a_few_shots() -> None:
         (trained, X, {"impressions": 2}, "impressions is 2"),
         (lambda: nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 2)), torch.ones(2, 3).long(), {}, "ids"),
         (lambda: nn.Linear(4, 1), torch.zeros(2, 4), {}, "answers 1 per sample"),
+        (
+            lambda: unsound(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))),
+            torch.zeros(2, 4),
+            {},
+            "not finite",
+        ),
         (lambda: nn.Bilinear(4, 4, 3), (torch.zeros(2, 4), torch.zeros(2, 4)), {}, "one tensor, not of 2"),
     ],
 )

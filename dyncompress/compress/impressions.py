@@ -82,8 +82,8 @@ def make_impressions(
         run_dir: where every batch is saved, in `impressions.pt`; resume: go on there.
 
     Raises:
-        RequestError: the model takes more than one tensor or no floats, or answers with anything but (batch, classes)
-            logits of two or more classes; run_dir holds other impressions.
+        RequestError: the model takes more than one tensor or no floats, or answers with anything but finite (batch,
+            classes) logits of two or more classes; run_dir holds other impressions.
     """
     how = how or Synthesis()
     shape = check_inputs(example_inputs)
@@ -168,8 +168,12 @@ class _Subject:
 
     @torch.no_grad()
     def classes(self, shape: tuple[int, ...]) -> int:
-        """How many the network knows. Raises RequestError for answers that are not of two or more classes."""
+        """How many the network knows. Raises RequestError for answers that are not of two or more, or not finite."""
         logits = self._logits(torch.zeros(2, *shape, device=self.device))
+        if not logits.isfinite().all():
+            raise RequestError(
+                "without data, inputs are found by the model's answers, and they are not finite: mend it"
+            )
         if logits.dim() != 2 or logits.shape[1] < 2:
             answer = "x".join(map(str, logits.shape[1:]))
             raise RequestError(
