@@ -201,7 +201,7 @@ def clock(static: nn.Module, own: dict[str, Own], peer: Peer, data: Splits) -> d
 
 def measure(data: Splits, out: Path) -> dict[str, Any]:
     """Everything about one network."""
-    net = trained(NET, 0, data, out)
+    net = trained(NET, data.name, 0, data, out)
     train, held_out = Subset(data.train, range(TRAIN)), Subset(data.calibration, range(CALIBRATION))
     data = Splits(train, held_out, data.test, data.classes, data.name)
     x = torch.stack([data.test[i][0] for i in range(2)])
