@@ -199,8 +199,9 @@ def test_a_branch_of_another_type_has_no_gate() -> None:
         InsertGates()(dc.capture(Mixed(), torch.randn(2, 8)))
 
 
-def test_no_samples() -> None:
-    answer = gated("resnet").predict(torch.randn(0, 3, 16, 16))
+@pytest.mark.parametrize("gate", ["pooled", "policy"])
+def test_no_samples(gate: str) -> None:
+    answer = gated("resnet", gate).predict(torch.randn(0, 3, 16, 16))
     assert answer.logits.shape == (0, 10) and answer.gates.shape == (0, 4) and answer.macs.shape == (0,)
 
 
