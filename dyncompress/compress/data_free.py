@@ -17,13 +17,13 @@ from ..errors import RequestError
 from ..passes.capture import Inputs
 from .batches import LabelledData, call, placed
 from .exit_recipes import WITHOUT_LABELS
-from .few_samples import Blends
+from .few_samples import EPOCH, Blends
 from .impressions import Synthesis, make_impressions
 from .losses import logits_of
 
 HELD_OUT = 0.2  # of the impressions: the last ones, for temperatures and thresholds
 _TIMES = 4  # that each of those is shown as it is, and blended with another: every time shifted, where it is an image
-_EPOCH = 8192  # blends that are one pass of training
+_EPOCH = 2 * EPOCH  # blends that are one pass of training
 
 COST = (
     "convert without data: exits are trained, and thresholds chosen, on inputs synthesised out of the model; on real "

@@ -206,7 +206,7 @@ class Convert:
     rule: Literal["max-softmax", "entropy", "margin", "energy", "patience", "learned"] = "max-softmax"
     """Leave at the first exit that is sure: by its probabilities, agreement with those before, a learned score."""
     threshold_search: Literal["grid", "genetic", "quota", "uniform"] | None = None
-    """How thresholds are found; by default on a grid, genetic for patience and learned."""
+    """How thresholds are found; by default on a grid, genetic for patience and learned, uniform without data."""
     max_loss: float = 0.005
     """Accuracy, 0..1, that may be lost against the static model on the calibration split."""
     macs: float | None = None
