@@ -22,9 +22,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import Subset
 
 import dyncompress as dc
-from dyncompress.compress.losses import cross_entropy
+from dyncompress.compress.training.losses import cross_entropy
 from dyncompress.model_zoo import build
-from dyncompress.model_zoo.data import load_data
+from dyncompress.model_zoo.load_data import load_data
 
 RESULTS = Path(__file__).with_suffix(".json")
 TRAIN, TEST, SEEDS = 2560, 1600, 2

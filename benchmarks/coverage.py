@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import dyncompress as dc
-from dyncompress.passes.axes import Axes
-from dyncompress.passes.capture import split_inputs
-from dyncompress.passes.cost import count_macs
-from dyncompress.passes.typing import attribute
+from dyncompress.passes.axes.axes import Axes
+from dyncompress.passes.capture.capture import split_inputs
+from dyncompress.passes.dims.type_graph import attribute
+from dyncompress.passes.graph.cost import count_macs
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from dyncompress import RequestError, load_data
-from dyncompress.model_zoo.data import ArrayDataset, Splits
-from dyncompress.model_zoo.splits import divide
-from dyncompress.model_zoo.words import CLASS, PADDING, UNKNOWN, padded
+from dyncompress.model_zoo.data.splits import divide
+from dyncompress.model_zoo.load_data import ArrayDataset, Splits
+from dyncompress.model_zoo.text.words import CLASS, PADDING, UNKNOWN, padded
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data"
 TEXTS = {"wikitext2": "wikitext2", "sst2": "sst2", "clinc150": "clinc150", "banking77": "banking77"}

@@ -21,14 +21,15 @@ from common import read, write
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 import dyncompress as dc
-from dyncompress.compress.candidates import collect_cached
-from dyncompress.compress.evaluate import evaluate
-from dyncompress.compress.few_samples import EPOCH, few_shots
-from dyncompress.compress.impressions import Synthesis
-from dyncompress.compress.thresholds import ThresholdSearch
-from dyncompress.compress.trainer import fit
-from dyncompress.model_zoo import build, models
-from dyncompress.model_zoo.data import Splits
+from dyncompress.compress.evaluation.evaluate import evaluate
+from dyncompress.compress.synthesis.few_samples import EPOCH, few_shots
+from dyncompress.compress.synthesis.impressions import Synthesis
+from dyncompress.compress.thresholds.candidates import collect_cached
+from dyncompress.compress.thresholds.thresholds import ThresholdSearch
+from dyncompress.compress.training.trainer import fit
+from dyncompress.model_zoo import build
+from dyncompress.model_zoo import zoo as models
+from dyncompress.model_zoo.load_data import Splits
 
 NAMES = ("vgg-digits", "resnet-digits", "fashion_mnist")
 SHOTS = (1, 5, 20)

@@ -18,8 +18,8 @@ import torch
 from common import header, write
 
 import dyncompress as dc
-from dyncompress.compress.call_costs import time_costs
-from dyncompress.compress.evaluate import latency_inputs
+from dyncompress.compress.evaluation.evaluate import latency_inputs
+from dyncompress.compress.thresholds.call_costs import time_costs
 from dyncompress.model_zoo import Splits, load, load_data
 
 RESULTS = Path(__file__).with_suffix(".json")

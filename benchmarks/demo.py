@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import dyncompress as dc
-from dyncompress.compress.evaluate import latency_inputs, measure_latency
-from dyncompress.model_zoo import models
+from dyncompress.compress.evaluation.evaluate import latency_inputs, measure_latency
+from dyncompress.model_zoo import zoo as models
 
 
 def main() -> None:

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import dyncompress as dc
-from dyncompress.compress.candidates import Cached, collect_cached
-from dyncompress.compress.choose import choose_policy
-from dyncompress.compress.evaluate import latency_inputs, measure_latency
-from dyncompress.compress.losses import cross_entropy
-from dyncompress.compress.thresholds import ThresholdSearch
-from dyncompress.compress.trainer import fit
+from dyncompress.compress.evaluation.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.thresholds.candidates import Cached, collect_cached
+from dyncompress.compress.thresholds.choose_policy import choose_policy
+from dyncompress.compress.thresholds.thresholds import ThresholdSearch
+from dyncompress.compress.training.losses import cross_entropy
+from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo import build
-from dyncompress.runtime.cache_blocks import blocks, bytes_per_sample
+from dyncompress.runtime.predict.cache_blocks import blocks, bytes_per_sample
 
 RESULTS = Path(__file__).with_suffix(".json")
 EPOCHS, EXITS, TRUNK_LR, REPEATS = 2, 3, 0.01, 5

@@ -26,18 +26,18 @@ from torch import fx
 from torch.utils.data import Subset
 
 import dyncompress as dc
-from dyncompress.compress.batches import examples_of
-from dyncompress.compress.evaluate import collect_logits
-from dyncompress.compress.exit_losses import Weighted
-from dyncompress.compress.exit_recipes import train_exits
-from dyncompress.compress.few_samples import few_shot_training
-from dyncompress.compress.meta_exits import Heads, Read
-from dyncompress.compress.thresholds import ThresholdSearch
-from dyncompress.compress.trainer import fit
-from dyncompress.model_zoo import models
-from dyncompress.model_zoo.data import Splits
-from dyncompress.passes.exits import InsertExits
-from dyncompress.passes.stages import split_stages
+from dyncompress.compress.evaluation.evaluate import collect_logits
+from dyncompress.compress.exits.exit_losses import Weighted
+from dyncompress.compress.exits.meta_exits import Heads, Read
+from dyncompress.compress.exits.recipes import train_exits
+from dyncompress.compress.synthesis.few_samples import few_shot_training
+from dyncompress.compress.thresholds.thresholds import ThresholdSearch
+from dyncompress.compress.training.batches import examples_of
+from dyncompress.compress.training.trainer import fit
+from dyncompress.model_zoo import zoo as models
+from dyncompress.model_zoo.load_data import Splits
+from dyncompress.passes.exits.insert_exits import InsertExits
+from dyncompress.passes.exits.stages import split_stages
 
 NAMES, SHOTS = ("vgg-digits", "resnet-digits"), (1, 5, 20)
 RECIPES = {"ce": ("sum", 64), "ce, sgd": ("sum", 64), "distill": ("distill", 2), "meta": ("meta", 2)}

@@ -36,15 +36,15 @@ from torch import Tensor, fx, nn
 from torch.utils.data import Subset
 
 import dyncompress as dc
-from dyncompress.compress.evaluate import latency_inputs, measure_latency
-from dyncompress.compress.gate_decisions import Progress
-from dyncompress.compress.gate_losses import GateLoss
-from dyncompress.compress.gate_training import Phase, train_gates
-from dyncompress.compress.losses import cross_entropy
-from dyncompress.compress.trainer import count_steps, fit
+from dyncompress.compress.evaluation.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.gates.gate_decisions import Progress
+from dyncompress.compress.gates.gate_losses import GateLoss
+from dyncompress.compress.gates.gate_training import Phase, train_gates
+from dyncompress.compress.training.losses import cross_entropy
+from dyncompress.compress.training.trainer import count_steps, fit
 from dyncompress.model_zoo import build
-from dyncompress.passes.cost import count_macs
-from dyncompress.passes.gated import deciding
+from dyncompress.passes.gates.read_gates import deciding
+from dyncompress.passes.graph.cost import count_macs
 
 RESULTS = Path(__file__).with_suffix(".json")
 EPOCHS, SHARE, GATE_LR, TRUNK_LR, MORE_LR = 10, 0.5, 5e-3, 0.2, 0.02

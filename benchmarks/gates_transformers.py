@@ -18,11 +18,11 @@ from data import splits
 from torch import fx
 
 import dyncompress as dc
-from dyncompress.compress.evaluate import latency_inputs, measure_latency
-from dyncompress.compress.losses import cross_entropy
-from dyncompress.compress.trainer import fit
+from dyncompress.compress.evaluation.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.training.losses import cross_entropy
+from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo import build, load, load_data
-from dyncompress.passes.cost import count_macs
+from dyncompress.passes.graph.cost import count_macs
 
 RESULTS = Path(__file__).with_suffix(".json")
 FIRST, LR, BATCH = 5, 1e-3, 64  # as in bert_sparsity.py

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dyncompress as dc
-from dyncompress.compress.group_lasso import GroupLasso
+from dyncompress.compress.sparsity.group_lasso import GroupLasso
 
 KINDS = (("axes",), ("axes", "layers"), ("axes", "layers", "filters", "columns", "shapes"))
 ROUNDS = 6

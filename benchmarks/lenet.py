@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from vs_torch_pruning import write
 
 import dyncompress as dc
-from dyncompress.compress.choose import choose_policy
-from dyncompress.compress.evaluate import latency_inputs, measure_latency
-from dyncompress.compress.losses import cross_entropy
-from dyncompress.compress.trainer import fit
+from dyncompress.compress.evaluation.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.thresholds.choose_policy import choose_policy
+from dyncompress.compress.training.losses import cross_entropy
+from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo import Splits, build
 
 RESULTS = Path(__file__).with_suffix(".json")

@@ -31,12 +31,12 @@ from torch import fx, nn
 from torch.utils.data import Subset
 
 import dyncompress as dc
-from dyncompress.compress.losses import cross_entropy
-from dyncompress.compress.rewind import reinit
-from dyncompress.compress.trainer import fit
+from dyncompress.compress.sparsity.retrain import reinit
+from dyncompress.compress.training.losses import cross_entropy
+from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo import build
-from dyncompress.passes.copying import deep_copy
-from dyncompress.passes.cost import count_macs, count_parameters
+from dyncompress.passes.graph.copying import deep_copy
+from dyncompress.passes.graph.cost import count_macs, count_parameters
 
 HIDDEN, DROPOUT, SMALL_DROPOUT, LR, BATCH, LENGTH = 512, 0.5, 0.3, 2e-3, 64, 35
 FIRST, SPARSE, FINE = 10, 5, 5

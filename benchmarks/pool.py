@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dyncompress as dc
-from dyncompress.model_zoo import models
-from dyncompress.runtime.policy import max_softmax
+from dyncompress.model_zoo import zoo as models
+from dyncompress.runtime.predict.policy import max_softmax
 
 
 def main() -> None:

@@ -28,11 +28,11 @@ from data import splits
 from torch import fx
 
 import dyncompress as dc
-from dyncompress.compress.losses import cross_entropy
-from dyncompress.compress.trainer import fit
+from dyncompress.compress.training.losses import cross_entropy
+from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo import build
-from dyncompress.passes.copying import deep_copy
-from dyncompress.passes.cost import count_macs, count_parameters
+from dyncompress.passes.graph.copying import deep_copy
+from dyncompress.passes.graph.cost import count_macs, count_parameters
 
 RESULTS = Path(__file__).with_suffix(".json")
 EPOCHS, LEARNING, MACS, FLOOR, ROUND_TO = 10, 3, 0.25, 0.1, 8

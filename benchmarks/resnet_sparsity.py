@@ -34,10 +34,10 @@ from torch import fx, nn
 from vs_torch_pruning import header
 
 import dyncompress as dc
-from dyncompress.compress.losses import Distilled, cross_entropy
-from dyncompress.compress.trainer import fit
+from dyncompress.compress.training.losses import Distilled, cross_entropy
+from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo import build
-from dyncompress.passes.kinds import BRANCH
+from dyncompress.passes.axes.axis_kinds import BRANCH
 
 RESULTS = Path(__file__).with_suffix(".json")
 SPARSE, FINE, MORE_LR = 3, 2, 0.05

@@ -22,12 +22,12 @@ import torch
 from tqdm import tqdm
 
 import dyncompress as dc
-from dyncompress.compress.candidates import Cached
-from dyncompress.compress.evaluate import collect_logits
-from dyncompress.compress.risk import last_passed, losses, p_values, risk_path
-from dyncompress.compress.thresholds import ThresholdSearch
-from dyncompress.model_zoo import models
-from dyncompress.passes.stages import split_stages
+from dyncompress.compress.evaluation.evaluate import collect_logits
+from dyncompress.compress.thresholds.candidates import Cached
+from dyncompress.compress.thresholds.risk import last_passed, losses, p_values, risk_path
+from dyncompress.compress.thresholds.thresholds import ThresholdSearch
+from dyncompress.model_zoo import zoo as models
+from dyncompress.passes.exits.stages import split_stages
 
 DELTA, POINTS = 0.1, 100  # of the curve that the path goes through
 CALIBRATION = ("at", "temperature", "ece_before", "ece_after", "ece_floor")
@@ -70,7 +70,7 @@ def trained_on(splits: Any) -> torch.nn.Module:
     """A small convolutional network, trained for two epochs on images of one channel."""
     from torch import nn
 
-    from dyncompress.compress.trainer import fit
+    from dyncompress.compress.training.trainer import fit
 
     torch.manual_seed(0)
     widths, layers, inputs = (16, 16, 32, 32), [], 1

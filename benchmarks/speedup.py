@@ -23,8 +23,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import dyncompress as dc
-from dyncompress.compress.evaluate import measure_latency
-from dyncompress.passes.cost import count_macs
+from dyncompress.compress.evaluation.evaluate import measure_latency
+from dyncompress.passes.graph.cost import count_macs
 
 MODELS = ("resnet50", "vgg16", "mobilenet_v2", "vit_b_16", "bert-base")
 REPEATS = {1: 60, 16: 9}  # timed calls by batch size

@@ -147,7 +147,7 @@ def prune(size: str, folder: str) -> dict[str, Any]:
     import torch
 
     import dyncompress as dc
-    from dyncompress.compress import stream_prune
+    from dyncompress.compress.pruning import prune_checkpoint as stream_prune
 
     torch.set_num_threads(1)
     begin, cpu = time.perf_counter(), time.process_time()

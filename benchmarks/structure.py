@@ -12,8 +12,8 @@ from common import write
 from torch.utils.data import Subset
 
 import dyncompress as dc
-from dyncompress.cli.plots import plot_methods
-from dyncompress.model_zoo.models import load
+from dyncompress.cli.report.plots import plot_methods
+from dyncompress.model_zoo.zoo import load
 
 MODELS = ("vgg-digits", "lstm-digits")
 SHARES = (0.5, 0.25)

@@ -32,11 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from vs_torch_pruning import write
 
 import dyncompress as dc
-from dyncompress.compress.candidates import Cached
-from dyncompress.compress.evaluate import collect_logits, latency_inputs
-from dyncompress.compress.thresholds import ThresholdSearch
+from dyncompress.compress.evaluation.evaluate import collect_logits, latency_inputs
+from dyncompress.compress.thresholds.candidates import Cached
+from dyncompress.compress.thresholds.thresholds import ThresholdSearch
 from dyncompress.model_zoo import Splits
-from dyncompress.passes.stages import split_stages
+from dyncompress.passes.exits.stages import split_stages
 
 RESULTS = Path(__file__).with_suffix(".json")
 NET, LAYERS = "resnet20-cifar", ("stage1", "stage2")

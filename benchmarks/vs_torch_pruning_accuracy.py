@@ -33,9 +33,9 @@ from tqdm import tqdm
 from vs_torch_pruning import header
 
 import dyncompress as dc
-from dyncompress.compress.importance import IMPORTANCES
 from dyncompress.compress.importance.gradients import FISHER_SAMPLES
-from dyncompress.model_zoo.resnet import BasicBlock
+from dyncompress.compress.importance.scores import IMPORTANCES
+from dyncompress.model_zoo.networks.resnet import BasicBlock
 
 RESULTS = Path(__file__).with_suffix(".json")
 CHECKPOINTS = Path(__file__).parent.parent / "runs" / "vs_torch_pruning"

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dyncompress.compress.importance import l2_scores
-from dyncompress.passes.axes import as_keep, infer_axes
-from dyncompress.passes.capture import capture, split_inputs
-from dyncompress.passes.shrink import mask, shrink, shrink_axes
+from dyncompress.compress.importance.scores import l2_scores
+from dyncompress.passes.axes.axes import as_keep, infer_axes
+from dyncompress.passes.capture.capture import capture, split_inputs
+from dyncompress.passes.shrink.shrink import mask, shrink, shrink_axes
 
 Stage = Callable[[str], None]
 Seconds = dict[str, float]

@@ -4,63 +4,63 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compress.compare import Comparison, compare
-    from .compress.convert import convert
-    from .compress.evaluate import evaluate
-    from .compress.gating import gate
-    from .compress.prune import prune
-    from .compress.recalibrate import recalibrate_batchnorm
-    from .compress.rewind import retrain
-    from .compress.sparsify import sparsify
-    from .compress.stream_prune import prune_checkpoint
-    from .compress.unstructured import as_sparse, prune_weights
+    from .compress.evaluation.evaluate import evaluate
+    from .compress.exits.convert import convert
+    from .compress.gates.gate import gate
+    from .compress.pruning.compare import Comparison, compare
+    from .compress.pruning.prune import prune
+    from .compress.pruning.prune_checkpoint import prune_checkpoint
+    from .compress.pruning.unstructured import as_sparse, prune_weights
+    from .compress.sparsity.retrain import retrain
+    from .compress.sparsity.sparsify import sparsify
+    from .compress.training.recalibrate import recalibrate_batchnorm
     from .errors import DynCompressError, RequestError
-    from .model_zoo.data import load_data
-    from .passes.axes import Axis, infer_axes
-    from .passes.capture import capture
-    from .passes.exits import InsertExits
-    from .passes.fold import FoldBatchNorm
-    from .passes.gates import InsertGates
-    from .passes.low_rank import LowRank
-    from .passes.plan import Plan, plan
-    from .passes.shrink import mask, shrink
-    from .runtime.checkpoint import load, read_info, save
-    from .runtime.dynamic import DynamicModel, Prediction
-    from .runtime.onnx_export import export_onnx
-    from .runtime.policy import ExitPolicy
-    from .runtime.stream import shrink_checkpoint
-    from .runtime.stream_capture import capture_empty
-    from .runtime.verify import Verification, verify
+    from .model_zoo.load_data import load_data
+    from .passes.axes.axes import Axis, infer_axes
+    from .passes.capture.capture import capture
+    from .passes.capture.capture_empty import capture_empty
+    from .passes.exits.insert_exits import InsertExits
+    from .passes.gates.insert_gates import InsertGates
+    from .passes.rewrites.fold_batch_norm import FoldBatchNorm
+    from .passes.rewrites.low_rank import LowRank
+    from .passes.shrink.plan import Plan, plan
+    from .passes.shrink.shrink import mask, shrink
+    from .passes.shrink.verify import Verification, verify
+    from .runtime.files.checkpoint import load, read_info, save
+    from .runtime.onnx.export import export_onnx
+    from .runtime.predict.dynamic import DynamicModel, Prediction
+    from .runtime.predict.policy import ExitPolicy
+    from .runtime.sharded.shrink_checkpoint import shrink_checkpoint
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "passes.axes": ("Axis", "infer_axes"),
-    "passes.capture": ("capture",),
-    "passes.exits": ("InsertExits",),
-    "passes.fold": ("FoldBatchNorm",),
-    "passes.gates": ("InsertGates",),
-    "passes.low_rank": ("LowRank",),
-    "passes.plan": ("Plan", "plan"),
-    "passes.shrink": ("mask", "shrink"),
-    "compress.compare": ("Comparison", "compare"),
-    "compress.convert": ("convert",),
-    "compress.evaluate": ("evaluate",),
-    "compress.gating": ("gate",),
-    "compress.prune": ("prune",),
-    "compress.stream_prune": ("prune_checkpoint",),
-    "compress.recalibrate": ("recalibrate_batchnorm",),
-    "compress.rewind": ("retrain",),
-    "compress.sparsify": ("sparsify",),
-    "compress.unstructured": ("as_sparse", "prune_weights"),
-    "runtime.checkpoint": ("load", "read_info", "save"),
-    "runtime.dynamic": ("DynamicModel", "Prediction"),
-    "runtime.onnx_export": ("export_onnx",),
-    "runtime.policy": ("ExitPolicy",),
-    "runtime.verify": ("Verification", "verify"),
-    "runtime.stream": ("shrink_checkpoint",),
-    "runtime.stream_capture": ("capture_empty",),
-    "model_zoo.data": ("load_data",),
+    "passes.axes.axes": ("Axis", "infer_axes"),
+    "passes.capture.capture": ("capture",),
+    "passes.exits.insert_exits": ("InsertExits",),
+    "passes.rewrites.fold_batch_norm": ("FoldBatchNorm",),
+    "passes.gates.insert_gates": ("InsertGates",),
+    "passes.rewrites.low_rank": ("LowRank",),
+    "passes.shrink.plan": ("Plan", "plan"),
+    "passes.shrink.shrink": ("mask", "shrink"),
+    "compress.pruning.compare": ("Comparison", "compare"),
+    "compress.exits.convert": ("convert",),
+    "compress.evaluation.evaluate": ("evaluate",),
+    "compress.gates.gate": ("gate",),
+    "compress.pruning.prune": ("prune",),
+    "compress.pruning.prune_checkpoint": ("prune_checkpoint",),
+    "compress.training.recalibrate": ("recalibrate_batchnorm",),
+    "compress.sparsity.retrain": ("retrain",),
+    "compress.sparsity.sparsify": ("sparsify",),
+    "compress.pruning.unstructured": ("as_sparse", "prune_weights"),
+    "runtime.files.checkpoint": ("load", "read_info", "save"),
+    "runtime.predict.dynamic": ("DynamicModel", "Prediction"),
+    "runtime.onnx.export": ("export_onnx",),
+    "runtime.predict.policy": ("ExitPolicy",),
+    "passes.shrink.verify": ("Verification", "verify"),
+    "runtime.sharded.shrink_checkpoint": ("shrink_checkpoint",),
+    "passes.capture.capture_empty": ("capture_empty",),
+    "model_zoo.load_data": ("load_data",),
     "errors": ("DynCompressError", "RequestError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dyncompress.passes.capture import capture
-from dyncompress.passes.exits import InsertExits
+from dyncompress.passes.capture.capture import capture
+from dyncompress.passes.exits.insert_exits import InsertExits
 
 
 class Residual(nn.Module):

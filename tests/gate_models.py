@@ -4,8 +4,8 @@ import torch
 from exit_models import graph
 from torch import fx
 
-from dyncompress.passes.gates import InsertGates
-from dyncompress.runtime.dynamic import DynamicModel
+from dyncompress.passes.gates.insert_gates import InsertGates
+from dyncompress.runtime.predict.dynamic import DynamicModel
 
 
 def gated_graph(name: str, gate: str = "pooled") -> fx.GraphModule:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from dyncompress.model_zoo.data import ArrayDataset, Splits
+from dyncompress.model_zoo.load_data import ArrayDataset, Splits
 
 
 class Net(nn.Module):

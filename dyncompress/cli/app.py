@@ -17,7 +17,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from ..errors import DynCompressError, RequestError
-from .folders import Interrupted
+from .runs.folders import Interrupted
 
 app = App(
     name="dyncompress",

@@ -7,12 +7,12 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from .. import __version__
+from ..compress.options.steps import Convert, Export, Gate, Prune, Retrain, Sparsify, Step
+from ..compress.recipes.recipe import Recipe, read_recipe
 from ..errors import RequestError
-from ..runtime.recipe import Recipe, read_recipe
-from ..runtime.recipe_steps import Convert, Export, Gate, Prune, Retrain, Sparsify, Step
 from .app import app, printing
-from .folders import choose_folder
-from .options import CompareOptions, DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions
+from .runs.folders import choose_folder
+from .runs.options import CompareOptions, DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions
 
 app.version = __version__
 
@@ -145,8 +145,8 @@ def compare(
     json: JsonFlag = False,
 ) -> None:
     """Prunes structure, cuts ranks and zeroes single weights to the same shares of the parameters: accuracy, speed."""
-    from .comparing import compare_methods
-    from .models import short_name
+    from .loading.models import short_name
+    from .runs.comparing import compare_methods
 
     where = choose_folder("compare", short_name(model), folder.out, resume=folder.resume, overwrite=folder.overwrite)
     with printing(json) as printer:
@@ -192,7 +192,7 @@ def inspect(
     Args:
         data: Labelled data whose samples tell the input shape, where nothing else does.
     """
-    from .inspecting import inspect_model
+    from .runs.inspecting import inspect_model
 
     with printing(json) as printer:
         recipe = _recipe(model, (), source, DataOptions(data=data, device="cpu"))
@@ -207,7 +207,7 @@ def bench(
     json: JsonFlag = False,
 ) -> None:
     """Measures models side by side: accuracy, MACs, parameters, size and wall clock at batch 1 and 256."""
-    from .benching import bench_models
+    from .runs.benching import bench_models
 
     if not models:
         raise RequestError("bench needs at least one MODEL")
@@ -236,7 +236,7 @@ def export(
         tunable: Make the exits' thresholds inputs of the file, threshold_0 and so on, that may be left out.
         overwrite: Replace the file.
     """
-    from .exporting import export_model
+    from .runs.exporting import export_model
 
     with printing(json) as printer:
         recipe = _recipe(model, (), source, DataOptions(data=data, device="cpu"))
@@ -264,9 +264,9 @@ def _run(
     allow_pickle: bool = False,
     verbose: bool = False,
 ) -> None:
-    from . import results
-    from .job import run_recipe
-    from .models import short_name
+    from .loading.models import short_name
+    from .runs import write_results
+    from .runs.run_recipe import run_recipe
 
     folder = choose_folder(
         command, short_name(recipe.model), options.out, resume=options.resume, overwrite=options.overwrite
@@ -275,7 +275,7 @@ def _run(
         report = run_recipe(
             recipe, folder, resume=options.resume, allow_pickle=allow_pickle, status=Console(stderr=True)
         )
-        results.show(report, printer.console, verbose=verbose)
+        write_results.show(report, printer.console, verbose=verbose)
         printer.result(report)
 
 
@@ -288,8 +288,8 @@ def _stream(
     options: FolderOptions,
     as_json: bool,
 ) -> None:
-    from . import streaming
-    from .models import short_name
+    from .loading.models import short_name
+    from .runs import streaming
 
     streaming.check_request(step, source, data, stream)
     folder = choose_folder("prune", short_name(model), options.out, resume=options.resume, overwrite=options.overwrite)

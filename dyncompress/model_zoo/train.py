@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .digits import TRAIN_DRAWS, Originals, digits, originals, pool
-from .models import CHECKPOINTS, build, read_checkpoint
-from .splits import ArrayDataset, as_float
+from .data.digits import TRAIN_DRAWS, Originals, digits, originals, pool
+from .data.splits import ArrayDataset, as_float
+from .zoo import CHECKPOINTS, build, read_checkpoint
 
 RECORD = "checkpoints.json"
 

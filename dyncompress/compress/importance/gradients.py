@@ -14,10 +14,10 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from ...errors import RequestError
-from ...passes.axes import Axis
-from ..batches import LabelledData, call, device_of_model, in_order, placed, size_of
-from ..losses import cross_entropy
-from .groups import Context, Scores, group_sums
+from ...passes.axes.axes import Axis
+from ..training.batches import LabelledData, call, device_of_model, in_order, placed, size_of
+from ..training.losses import cross_entropy
+from .group_sums import Context, Scores, group_sums
 
 FISHER_SAMPLES = 128  # one backward pass each
 

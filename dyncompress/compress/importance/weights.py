@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import RequestError
-from ...passes.axes import Axis
-from ...passes.typing import attribute, bound_args, op_name
-from .groups import Context, Scores, group_sums, parameter_slices
+from ...passes.axes.axes import Axis
+from ...passes.dims.type_graph import attribute, bound_args, op_name
+from .group_sums import Context, Scores, group_sums, parameter_slices
 
 
 def l1_scores(gm: fx.GraphModule, axes: Iterable[Axis], context: Context | None = None) -> Scores:

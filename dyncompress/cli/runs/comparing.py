@@ -1,0 +1,96 @@
+"""Structured pruning beside its baselines: a run that compares them, its table, its picture and its models."""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from ...compress.pruning.compare import Comparison, compare
+from ...errors import RequestError
+from ...runtime.files import checkpoint
+from ...runtime.predict.dynamic import DynamicModel
+from ...compress.recipes.recipe import Recipe
+from . import folders, write_results
+from ..report import plots, tables
+from .run_recipe import explained
+from .options import CompareOptions
+from ..loading.loaded_subject import Subject, load_splits, prepare
+
+_WIDTH = 120
+
+
+def compare_methods(
+    recipe: Recipe,
+    options: CompareOptions,
+    folder: Path,
+    console: Console,
+    *,
+    resume: bool = False,
+    allow_pickle: bool = False,
+) -> dict[str, Any]:
+    """Runs `compare` in a folder, prints its table, returns the report that it leaves there as report.json.
+
+    Raises:
+        RequestError: anything in the request that is wrong. DynCompressError: the training failed.
+        Interrupted: Ctrl-C; the folder holds what is needed to resume.
+    """
+    if recipe.data is None:
+        raise RequestError("compare trains and judges on data: give labelled data, such as --data digits")
+    text = str(recipe) + yaml.safe_dump({"compare": asdict(options)}, sort_keys=False, default_flow_style=None)
+    if resume and (folder / folders.REPORT).exists():
+        folders.begin(folder, text, resume=True)
+        report: dict[str, Any] = json.loads((folder / folders.REPORT).read_text(encoding="utf-8"))
+        show(report, console)
+        return report
+    subject = prepare(recipe, load_splits(recipe), allow_pickle=allow_pickle)
+    if isinstance(subject.module, DynamicModel):
+        raise RequestError(f"compare takes a static model, but {recipe.model} is dynamic")
+    assert subject.data is not None
+    folders.begin(folder, text, resume=resume)
+    with explained(folder):
+        found = compare(
+            subject.graph, subject.data.train, subject.data.test, **asdict(options), seed=recipe.seed,
+            device=subject.device, run_dir=folder / folders.STEPS, resume=True, progress=sys.stderr.isatty(),
+        )  # fmt: skip
+        report = _write(recipe, folder, found, subject)
+    show(report, console)
+    return report
+
+
+def _write(recipe: Recipe, folder: Path, found: Comparison, subject: Subject) -> dict[str, Any]:
+    entries = {name: {**entry, "model": None} for name, entry in found.entries.items()}
+    for name, model in found.models.items():
+        if name != "static":
+            path = folder / f"{name}.safetensors"
+            checkpoint.save(model, path, info={**model.meta.get("info", {}), "measured": found.entries[name]})
+            entries[name]["model"] = str(path)
+    report = {
+        "model": recipe.model,
+        "onnx": None,
+        "run_dir": str(folder),
+        "data": recipe.data,
+        "device": str(subject.device),
+        "left_out": found.left_out,
+        **entries,
+    }
+    plots.plot_methods(folder / "compare.png", entries)
+    with (folder / write_results.TABLE).open("w", encoding="utf-8") as file:
+        show(report, Console(file=file, width=_WIDTH))
+    (folder / folders.REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / folders.STEPS, ignore_errors=True)
+    return report
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """Prints the report of a comparison."""
+    console.print(tables.comparison(write_results.entries_of(report), f"on {report['data']}, {report['device']}"))
+    for name, reason in report["left_out"].items():
+        console.print(f"left out: {name}: {escape(reason)}", highlight=False)
+    console.print(f"models: {report['run_dir']}", soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,86 @@
+"""Options that several commands share; every field is one option of the command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ...errors import RequestError
+
+Flag = Annotated[bool, Parameter(negative=())]  # off unless given, so that it needs no --no-...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How to load MODEL."""
+
+    arch: str | None = None
+    """Architecture of a state dict: zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME or package.module:factory."""
+    allow_pickle: Flag = False
+    """Unpickle a file that holds a whole module; that runs code from the file."""
+    input_shape: Annotated[str | None, Parameter(show_default=False)] = None
+    """Shape of one input without the batch, such as 3,224,224; only needed where nothing else tells."""
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The input shape as numbers. Raises RequestError for anything else."""
+        if self.input_shape is None:
+            return None
+        sizes = self.input_shape.split(",")
+        if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+            raise RequestError(f"--input-shape {self.input_shape}: give positive sizes, such as 3,224,224")
+        return tuple(map(int, sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What a model is trained and judged on, and where."""
+
+    data: str | None = None
+    """Labelled data: digits, npz:FILE, imagefolder:DIR, text:DIR, cifar10:DIR, hf:NAME or package.module:factory."""
+    seed: int = 0
+    """Seed of every random number."""
+    device: str | None = None
+    """Such as cpu, cuda or cuda:1; by default a GPU where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """Where the result goes."""
+
+    out: Path | None = None
+    """Run folder; by default a fresh one, runs/COMMAND-MODEL-N."""
+    resume: Flag = False
+    """Continue the interrupted run in the folder (by default the last of its kind), or start one."""
+    overwrite: Flag = False
+    """Replace the run in --out."""
+
+
+JsonFlag = Annotated[
+    Flag, Parameter(name="--json", help="Print one JSON object on standard output and nothing else there.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """What is compared, and how it is trained."""
+
+    shares: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.5, 0.25)
+    """Shares of the parameters that stay, such as 0.5 0.25."""
+    finetune: int = 1
+    """Epochs of training of every compared model."""
+    lr: float = 1e-3
+    """Peak learning rate of that training."""
+    batch_size: int = 128
+    """Samples per step of that training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """How to prune what is larger than memory."""
+
+    stream: Flag = False
+    """MODEL is safetensors (a file or a folder) larger than memory: read it in pieces. Needs --arch."""
+    drop: tuple[str, ...] = ()
+    """With --stream: tensors of MODEL that the architecture does not use, by name or pattern such as '*.inv_freq'."""

@@ -1,0 +1,134 @@
+"""`prune --stream`: a checkpoint larger than memory, ranked and shrunk piece by piece."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import fx
+
+from ...compress.pruning.prune_checkpoint import KEPT, prune_checkpoint
+from ...errors import RequestError
+from ...passes.axes.axes import infer_axes
+from ...passes.graph.cost import count_bytes, count_macs, count_parameters
+from ...passes.shrink.shrink import shrink
+from ...compress.options.steps import Prune
+from ...runtime.sharded.shard_writer import write_json
+from ...runtime.files.shards import DTYPES, Source
+from ...passes.capture.capture_empty import build_empty, capture_on_meta
+from ..report import tables
+from .folders import Interrupted, REPORT
+from ..loading.models import architecture, example_for
+from .options import DataOptions, ModelOptions, StreamOptions
+
+_TAKEN = ("ratio", "macs", "params", "bytes", "scope", "floor", "ceiling", "round_to", "ignore", "depth", "exact")
+_TABLE_WIDTH, TABLE = 120, "table.txt"
+
+
+def check_request(step: Prune, source: ModelOptions, data: DataOptions, stream: StreamOptions) -> None:
+    """Raises RequestError for options that do not go together, or need the weights in memory."""
+    if not stream.stream:
+        raise RequestError("--drop goes with --stream")
+    if source.arch is None:
+        raise RequestError("--stream needs --arch: hf:DIR_OR_CONFIG, timm:NAME or package.module:factory, for example")
+    for option in ("data", "device"):
+        if getattr(data, option) is not None:
+            raise RequestError(f"--stream reads and writes files on the CPU, without data: leave --{option} out")
+    for given in fields(step):
+        if given.name not in _TAKEN and getattr(step, given.name) != given.default:
+            raise RequestError(f"--stream does not go with --{given.name.replace('_', '-')}: it ranks by l2, at once")
+
+
+def prune_streamed(
+    model: str,
+    step: Prune,
+    source: ModelOptions,
+    stream: StreamOptions,
+    folder: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Prunes the safetensors in MODEL into `folder`, prints what changed and returns the report that it leaves there.
+
+    Raises:
+        RequestError, DynCompressError: as `prune_checkpoint`. Interrupted: Ctrl-C; `folder` resumes.
+    """
+    stored = Source(Path(model))
+    gm = _captured(source, stored)
+    options = {name: value for name, value in asdict(step).items() if name in _TAKEN}
+    try:
+        prune_checkpoint(
+            gm, stored.path, folder, drop=stream.drop, progress=sys.stderr.isatty(), resume=resume,
+            overwrite=overwrite, **options,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise Interrupted(folder) from None
+    report = _report(gm, folder, step.exact)
+    show(report, console)
+    with (folder / TABLE).open("w", encoding="utf-8") as file:
+        show(report, Console(file=file, width=_TABLE_WIDTH))
+    write_json(folder / REPORT, report)
+    return report
+
+
+def _captured(source: ModelOptions, stored: Source) -> fx.GraphModule:
+    """The architecture without its parameters, in the dtype of most bytes of the source."""
+    arch, found = str(source.arch), []
+    counts = Counter[torch.dtype]()
+    for tensor in stored.tensors.values():
+        counts[DTYPES[tensor.dtype]] += tensor.nbytes
+    floating = [dtype for dtype, _ in counts.most_common() if dtype.is_floating_point]
+    if not floating:
+        raise RequestError(f"{stored.path} holds no floating-point tensors")
+
+    def build() -> torch.nn.Module:
+        found.append(architecture(arch, weights=False))
+        return found[0].module.eval()
+
+    module = build_empty(build, floating[0])
+    return capture_on_meta(module, example_for(arch, found[0], source.shape), floating[0])
+
+
+def _report(gm: fx.GraphModule, folder: Path, exact: bool) -> dict[str, Any]:
+    keep = json.loads((folder / KEPT).read_text(encoding="utf-8"))["keep"]
+    changed = [
+        {"name": axis.name, "kind": axis.kind, "before": axis.size, "after": len(keep[axis.name])}
+        for axis in infer_axes(gm)
+        if axis.name in keep
+    ]
+    small = shrink(gm, keep, exact=exact)
+    return {
+        "model": str(folder),
+        "onnx": None,
+        "run_dir": str(folder),
+        "data": None,
+        "device": "cpu",
+        "static": _costs(gm),
+        "pruned": _costs(small),
+        "axes": changed,
+    }
+
+
+def _costs(gm: fx.GraphModule) -> dict[str, Any]:
+    """An entry as in other reports; what needs the weights in memory is not measured."""
+    costs = {"macs": count_macs(gm), "parameters": count_parameters(gm), "bytes": count_bytes(gm)}
+    return {"accuracy": None, **costs, "latency_ms": {}}
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Prints a report as tables: the axes that lost most, and the models side by side."""
+    lost = sorted(report["axes"], key=lambda axis: axis["after"] / axis["before"])
+    cells = [
+        (axis["name"], axis["kind"], axis["before"], axis["after"], tables.percent(axis["after"] / axis["before"]))
+        for axis in lost
+    ]
+    console.print(tables.rows("Axes, those that lost most first", ("axis", "kind", "before", "after", "kept"), cells))
+    entries = {name: report[name] for name in ("static", "pruned")}
+    console.print(tables.comparison(entries, "MACs per sample"))
+    console.print(f"model: {report['model']}", soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,114 @@
+"""The phases that gates are trained in: how they decide, their loss, and what moves.
+
+gumbel       gumbel                      noisy decisions                        all
+skipnet      supervised, then hybrid     straight, then drawn                   all
+blockdrop    curriculum, then joint      drawn, at first for the last gates     the gates, then all
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...passes.gates.insert_gates import GATES_PATH
+from ...passes.gates.read_gates import deciding
+from ..training.batches import LabelledData
+from ..training.trainer import Epoch, fit, fixed
+from .gate_decisions import Curriculum, Gumbel, Progress, Sampled, StraightThrough
+from .gate_losses import Budget, Costs, Drops, GateLoss, GateRun, Hybrid, Rates
+
+GUMBEL, SKIPNET, BLOCKDROP = KINDS = ("gumbel", "skipnet", "blockdrop")
+_SUPERVISED, _HYBRID, _DRAWN, _CURRICULUM, _JOINT = "supervised", "hybrid", "hybrid alone", "curriculum", "joint"
+_TWO = {SKIPNET: (_SUPERVISED, _HYBRID, 0.5), BLOCKDROP: (_CURRICULUM, _JOINT, 0.6)}  # and the first's share of epochs
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What gates are trained to: a share `macs` of the static model's MACs, or a `rate` of every gate."""
+
+    costs: Costs
+    macs: float | None
+    rate: float | None
+    distill: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How gates decide, their loss, and whether the model moves with them."""
+
+    decide: nn.Module
+    loss: GateLoss
+    moves_model: bool = True
+
+
+def phases_of(kind: str, epochs: int, pretrain: bool) -> list[tuple[str, int]]:
+    """Names of phases and their epochs."""
+    if kind == GUMBEL:
+        return [(GUMBEL, epochs)]
+    if not pretrain:
+        return [(_DRAWN, epochs)]
+    first, second, share = _TWO[kind]
+    count = min(epochs - 1, max(1, round(share * epochs)))
+    return [(first, count), (second, epochs - count)]
+
+
+def make_phase(name: str, done: Progress, goal: Goal) -> Phase:
+    """The phase of this name."""
+    if goal.macs is None:
+        assert goal.rate is not None
+        return Phase(Gumbel(done), Rates(done, goal.distill, goal.rate))
+    budget = (done, goal.distill, goal.costs, goal.macs)
+    if name == GUMBEL:
+        return Phase(Gumbel(done), Budget(*budget))
+    if name == _SUPERVISED:
+        return Phase(StraightThrough(), Budget(*budget))
+    if name in (_HYBRID, _DRAWN):
+        begin = goal.macs if name == _HYBRID else 1.0
+        return Phase(Sampled(cooled=done), Hybrid(*budget, begin))
+    if name == _CURRICULUM:
+        gates = len(goal.costs.branches)
+        return Phase(Sampled(curriculum=Curriculum(done, gates)), Drops(*budget, joint=False), moves_model=False)
+    return Phase(Sampled(), Drops(*budget, joint=True))
+
+
+def train_gates(
+    gm: fx.GraphModule, phase: Phase, teacher: fx.GraphModule | None, train: LabelledData, trunk_lr: float,
+    options: dict[str, Any],
+) -> list[Epoch]:  # fmt: skip
+    """Trains a gated graph in place for one phase; `trunk_lr` is the model's share of the peak rate in `options`."""
+    gates = [p for name, p in gm.named_parameters() if name.startswith(GATES_PATH)]
+    rest = [p for name, p in gm.named_parameters() if not name.startswith(GATES_PATH) and p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": gates}]
+    still: list[nn.Module] = []
+    if phase.moves_model:
+        groups.append({"params": rest, "lr": trunk_lr * options["lr"]})
+    else:
+        still = [module for name, module in gm.named_modules() if name and not f"{name}.".startswith(GATES_PATH)]
+    with fixed([] if phase.moves_model else rest):
+        run = _Training(gm, phase)
+        return fit(run, phase.loss, train, parameters=groups, keep_eval=still, teacher=teacher, **options)
+
+
+class _Training(nn.Module):
+    """Inputs -> `GateRun`."""
+
+    def __init__(self, gm: fx.GraphModule, phase: Phase) -> None:
+        super().__init__()
+        self.decide, self.asks_greedy = phase.decide, isinstance(phase.loss, Drops)
+        self.run = deciding(gm, phase.decide)
+
+    def forward(self, *args: Any, **kwargs: Any) -> GateRun:
+        (*_, logits), odds, factors = self.run(*args, **kwargs)
+        with torch.no_grad():
+            greedy = self._greedy(*args, **kwargs) if self.asks_greedy else None
+        return GateRun(logits, odds, factors, None, greedy)
+
+    def _greedy(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.decide, Sampled)
+        self.decide.greedy = True
+        try:
+            (*_, logits), _, factors = self.run(*args, **kwargs)
+        finally:
+            self.decide.greedy = False
+        return logits, factors

@@ -1,0 +1,207 @@
+"""The exit policy of a trained dynamic model: temperatures, then thresholds, from the calibration set alone."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import RequestError
+from ...runtime.predict.dynamic import DynamicModel
+from ...runtime.predict.policy import RULES, ExitPolicy, Fallback, OperatingPolicy
+from ..training.batches import LabelledData
+from .calibrate import Calibration, calibrate_exits
+from .call_costs import Cost, Costs, time_costs
+from .candidates import Cached, Candidates, by_genetic_search, by_one_threshold, by_quota, collect_cached
+from .goal import Goal, RiskKind, SearchKind
+from .held_out_loss import held_out_slack
+from .learned_score import fit_scorer
+from .operating_points import OperatingPoint, Search
+from .risk import RiskControl, control_risk, risk_path
+
+_PATH_POINTS = 100  # of the curve that risk control walks along
+
+
+def choose_policy(
+    dynamic: DynamicModel,
+    calibration: LabelledData,
+    *,
+    rule: str = "max-softmax",
+    threshold_search: SearchKind | None = None,
+    max_loss: float = 0.005,
+    macs: float | None = None,
+    latency: float | None = None,
+    risk: float | None = None,
+    confidence: float = 0.9,
+    risk_of: RiskKind = "disagreement",
+    cost: Cost | None = None,
+    latency_batch: int = 1,
+    fallback: Fallback = "final",
+    static_logits: Tensor | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Sets `dynamic.policy` for a stated accuracy loss, budget or risk, and `dynamic.table` for other budgets.
+
+    Another goal is another call, no training.
+
+    Args:
+        calibration: map-style, of (inputs, int label), not trained on; samples with label -1 are left out.
+        rule: a name in `runtime.policy.RULES`.
+        threshold_search: "grid" is exact on a grid (`thresholds`), "quota" tries 39 divisions of the samples
+            (`shares`), "genetic" evolves divisions, "uniform" tries one threshold for all exits (`candidates`); None =
+            grid, or genetic where a policy remembers.
+        max_loss: accuracy (0..1) that may be lost on unseen samples. On the calibration set less is given away, see
+            `slack`, unless more cannot be reached.
+        macs, latency: instead, a budget: mean MACs, or mean milliseconds, as a share of the static model's.
+        risk: instead, a rate (0..1) that holds for unseen samples with probability `confidence` (`risk`); one half of
+            the samples then makes temperatures and thresholds, the other one the promise.
+        risk_of: "disagreement" with the final exit, or "accuracy-loss" against it.
+        cost: what is to be least: "macs", or "latency" as measured on this device (`call_costs`), where every exit
+            costs what its calls take; None = what the budget is of, else MACs.
+        latency_batch: samples per call when latency is measured.
+        fallback: who answers samples that no exit is sure of: the "final" exit, or the "ensemble" (`runtime.policy`).
+        static_logits: (N, classes) on the labelled samples, of the static model, where the final exit is not that any
+            more; losses count from the better one of the two.
+        seed: of the division into halves and of the genetic search.
+
+    Returns:
+        What was measured on the calibration set, as plain numbers, text and lists: static, final and dynamic accuracy
+        and MACs, every exit's temperature and ECE before and after, the policy, the curve of accuracy over mean MACs,
+        what was promised, the milliseconds that were measured and those that the policy should take.
+
+    Raises:
+        RequestError: no labelled samples, too few for the promise, or thresholds that do what is asked do not exist.
+    """
+    goal = Goal(
+        rule=rule, threshold_search=threshold_search, max_loss=max_loss, macs=macs, latency=latency, risk=risk,
+        confidence=confidence, risk_of=risk_of, cost=cost, latency_batch=latency_batch, fallback=fallback,
+    )  # fmt: skip
+    samples = collect_cached(dynamic, calibration, device)
+    tuning, promising = (samples, None) if risk is None else _halves(samples, seed)
+    fitted = calibrate_exits(tuning.logits, tuning.labels)
+    template = _template(rule, fallback, tuning, [c.temperature for c in fitted])
+    if risk is not None and risk_of == "disagreement":
+        tuning = replace(tuning, labels=tuning.logits[-1].argmax(-1))
+    whole, timed = float(dynamic.static_macs), None
+    if goal.least == "latency":
+        timed = time_costs(dynamic, calibration, template, batch=latency_batch, device=device)
+        tuning, whole = tuning.timed(timed), timed.static
+    search = _search(goal, template, tuning, seed, progress)
+    static_right = _static_right(samples, static_logits)
+    promise: RiskControl | None = None
+    if risk is not None and promising is not None:
+        promise = _promise(search, template, tuning, promising, goal, risk, seed)
+        dynamic.policy = promise.policy
+    else:
+        point = _within_loss(search, static_right, max_loss) if goal.budget is None else _within(search, goal, whole)
+        dynamic.policy = replace(template, thresholds=point.thresholds)
+    dynamic.table = _table(template, search.curve(), samples)
+    report = _report(dynamic, samples, static_right, fitted)
+    report["latency"] = None if timed is None else _in_time(timed, latency_batch, tuning.play(dynamic.policy))
+    return {**report, "risk": None if promise is None else {k: v for k, v in asdict(promise).items() if k != "policy"}}
+
+
+def _in_time(timed: Costs, batch: int, played: OperatingPoint) -> dict[str, Any]:
+    """Milliseconds per sample."""
+    parts = {"stages_ms": list(timed.stages), "heads_ms": list(timed.heads)}
+    return {"batch": batch, "static_ms": timed.static, "mean_ms": played.mean_macs, **parts}
+
+
+def _report(
+    dynamic: DynamicModel, samples: Cached, static_right: Tensor, fitted: Sequence[Calibration]
+) -> dict[str, Any]:
+    """What the chosen policy and the exits by themselves do."""
+    chosen, alone = samples.play(dynamic.policy), samples.right.mean(1).tolist()
+    rows = zip([*dynamic.exits, "output"], chosen.shares, alone, fitted, strict=True)
+    return {
+        "samples": len(samples.labels),
+        "static": {"accuracy": float(static_right.double().mean()), "macs": dynamic.static_macs},
+        "final": {"accuracy": alone[-1]},
+        "dynamic": {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
+        "exits": [{"at": at, "share": share, "accuracy_on_all": right, **asdict(c)} for at, share, right, c in rows],
+        "policy": dynamic.policy.to_dict(),
+        "curve": [{"mean_macs": row.mean_macs, "accuracy": row.accuracy} for row in dynamic.table],
+    }
+
+
+def _static_right(samples: Cached, static_logits: Tensor | None) -> Tensor:
+    """(N,) bool: whether the model that losses count from answers rightly."""
+    final = samples.logits[-1].argmax(-1) == samples.labels
+    if static_logits is None:
+        return final
+    static = static_logits.argmax(-1) == samples.labels
+    return static if static.sum() >= final.sum() else final
+
+
+def _halves(cached: Cached, seed: int) -> tuple[Cached, Cached]:
+    order = torch.randperm(len(cached.labels), generator=torch.Generator().manual_seed(seed))
+    middle = len(order) // 2
+    return cached.rows(order[:middle]), cached.rows(order[middle:])
+
+
+def _template(rule: str, fallback: Fallback, cached: Cached, temperatures: Sequence[float]) -> ExitPolicy:
+    """A policy of the rule whose thresholds are still to be chosen; the temperatures of all exits."""
+    *early, final = temperatures
+    if rule == "learned":
+        policy = fit_scorer(cached.logits, cached.labels, early)
+    else:
+        policy = ExitPolicy(rule, (RULES[rule].bounds[0],) * len(early), tuple(early))
+    return policy if fallback == "final" else replace(policy, fallback=fallback, final_temperature=final)
+
+
+def _search(goal: Goal, template: ExitPolicy, cached: Cached, seed: int, progress: bool) -> Search:
+    kind = goal.threshold_search or ("genetic" if goal.remembers else "grid")
+    if kind == "grid":
+        return cached.grid(template)
+    if kind == "quota":
+        return Candidates(by_quota(template, cached), cached)
+    if kind == "uniform":
+        return Candidates(by_one_threshold(template, cached), cached)
+    return Candidates(by_genetic_search(template, cached, seed=seed, progress=progress), cached)
+
+
+def _within_loss(search: Search, static_right: Tensor, max_loss: float) -> OperatingPoint:
+    static_accuracy = float(static_right.double().mean())
+    target = static_accuracy - held_out_slack(search, static_right, max_loss)
+    return search.for_accuracy(max(static_accuracy - max_loss, min(target, search.best_accuracy)))
+
+
+def _within(search: Search, goal: Goal, whole: float) -> OperatingPoint:
+    """Within the goal's share of what the static model costs."""
+    budget, what = goal.budget or 0.0, "MACs" if goal.least == "macs" else "milliseconds"
+    try:
+        return search.for_macs(budget * whole)
+    except RequestError as error:
+        raise RequestError(
+            f"no thresholds keep the mean within {budget:g} of the static model's {what}, the least is "
+            f"{search.least / whole:.2f}: allow more or put the first exit earlier"
+        ) from error
+
+
+def _promise(
+    search: Search, template: ExitPolicy, tuning: Cached, promising: Cached, goal: Goal, risk: float, seed: int
+) -> RiskControl:
+    delta = 1 - goal.confidence
+    by_macs = [replace(template, thresholds=point.thresholds) for point in search.curve(_PATH_POINTS)]
+    path = risk_path(by_macs, tuning.logits)
+    labels = promising.labels if goal.risk_of == "accuracy-loss" else None
+    promise = control_risk(promising.logits, labels, path, risk=risk, delta=delta, seed=seed)
+    if all(threshold is None for threshold in promise.policy.thresholds):
+        warnings.warn(
+            f"no exit keeps the risk of {risk:g} with confidence {goal.confidence:g} on {promise.samples} samples, so "
+            "all are off: allow a larger risk, give more data or train the exits longer",
+            stacklevel=3,
+        )
+    return promise
+
+
+def _table(template: ExitPolicy, points: Sequence[OperatingPoint], cached: Cached) -> list[OperatingPolicy]:
+    """The points with what they do on all samples, by rising MACs."""
+    policies = [replace(template, thresholds=point.thresholds) for point in points]
+    played = [(cached.play(policy), policy) for policy in policies]
+    rows = [OperatingPolicy(point.mean_macs, point.accuracy, policy) for point, policy in played]
+    return sorted(rows, key=lambda row: row.mean_macs)

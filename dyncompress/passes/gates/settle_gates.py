@@ -1,0 +1,60 @@
+"""Gates taken out of a graph because they always decide alike: what a gate costs then buys nothing."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from ...errors import RequestError
+from ..axes.branches import find_branches, remove_branches
+from ..dims.type_graph import type_graph
+from ..graph.graph_pass import GraphPass, PassResult
+from .read_gates import graph_gates
+
+
+@dataclass(frozen=True)
+class SettleGates(GraphPass):
+    """Takes out the gates of the named branches.
+
+    1. A branch in `always` runs for every sample.
+    2. A branch in `never` leaves the model; where it was added, the shortcut goes on alone.
+
+    A recurrent gate's step stays where a later gate reads its state, a policy where it decides other branches.
+
+    Raises:
+        RequestError: a branch without a gate, or in both; early exits, which may follow what would leave.
+    """
+
+    name: ClassVar[str] = "settle-gates"
+    always: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for option in ("always", "never"):
+            object.__setattr__(self, option, tuple(getattr(self, option)))
+        if both := set(self.always) & set(self.never):
+            raise RequestError(f"a branch cannot run always and never: {', '.join(sorted(both))}")
+
+    def rewrite(self, gm: fx.GraphModule) -> PassResult:
+        if gm.meta.get("exits"):
+            raise RequestError("the model has exits: settle its gates before convert adds them")
+        gates = {gate.branch: gate for gate in graph_gates(gm)}
+        for name in (*self.always, *self.never):
+            if name not in gates:
+                raise RequestError(f"{name!r} has no gate; those that have one: {', '.join(gates) or 'none'}")
+            gates[name].scale[-1].replace_all_uses_with(gates[name].end)
+        gone = {(gates[name].total.name, gates[name].shortcut.name): name for name in self.never}
+        gm.meta["gates"] = [g for g in gm.meta["gates"] if g["branch"] not in (*self.always, *self.never)]
+        if not gm.meta["gates"]:
+            del gm.meta["gates"]
+        gm.graph.eliminate_dead_code()
+        if gone:
+            found = {(b.total.name, b.shortcut.name): b for b in find_branches(type_graph(gm))}
+            for place, name in gone.items():
+                if place not in found:
+                    raise RequestError(f"{name} cannot leave the model: name it in always, or leave it its gate")
+            remove_branches(gm, [branch for place, branch in found.items() if place in gone])
+        gm.delete_all_unused_submodules()
+        gm.graph.lint()
+        gm.recompile()
+        return PassResult(gm, bool(self.always or self.never), {"always": list(self.always), "never": list(self.never)})

@@ -1,0 +1,246 @@
+"""The training loop: against a plain PyTorch loop, exact resumption, and what goes wrong."""
+
+import copy
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from dyncompress.compress.training.trainer import fit
+from dyncompress.errors import DynCompressError, RequestError
+
+QUIET = {"device": "cpu", "progress": False}
+
+
+class Pairs(Dataset):
+    """Samples with random augmentation from all three generators, and the inputs in the shape asked for."""
+
+    def __init__(self, samples: int = 37, shape: Callable[[Tensor], Any] = lambda x: x) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(samples, 6, generator=generator)
+        self.y = (self.x.sum(1) > 0).long()
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        noise = 0.1 * (torch.randn(6) + float(np.random.rand()) + random.random())
+        return self.shape(self.x[index] + noise), int(self.y[index])
+
+
+class Schedule:
+    """Cross-entropy with a state that changes at every call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(z, y) * (1 + self.calls / 10)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    states = a.state_dict(), b.state_dict()
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int, error: type[BaseException] = Stop) -> Callable[[int], None]:
+    def callback(now: int) -> None:
+        if now == step:
+            raise error
+
+    return callback
+
+
+def test_equals_a_plain_loop() -> None:
+    data, lr, batch, epochs = Pairs(), 0.01, 8, 3
+    plain = TensorDataset(data.x, data.y)
+    seen: list[int] = []
+
+    class Recorded(Dataset):  # the order of the samples is read from what fit asks for
+        def __len__(self) -> int:
+            return len(plain)
+
+        def __getitem__(self, index: int) -> Any:
+            seen.append(index)
+            return plain[index][0], int(plain[index][1])
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    reference = copy.deepcopy(model)
+    history = fit(model, F.cross_entropy, Recorded(), epochs=epochs, lr=lr, batch_size=batch, **QUIET)
+
+    steps = epochs * (len(plain) // batch)
+    assert len(seen) == steps * batch
+    for start in range(0, len(seen), steps // epochs * batch):
+        epoch = seen[start : start + steps // epochs * batch]
+        assert len(set(epoch)) == len(epoch)  # no sample twice in an epoch
+    optimizer, losses = torch.optim.AdamW(reference.parameters(), lr=lr), []
+    for step in range(steps):
+        warm = round(0.1 * steps)
+        factor = (step + 1) / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+        optimizer.param_groups[0]["lr"] = lr * factor
+        rows = seen[step * batch : (step + 1) * batch]
+        loss = F.cross_entropy(reference(data.x[rows]), data.y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(reference.parameters(), 5.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert same(model, reference)
+    expected = torch.tensor(losses).view(epochs, -1).mean(1)
+    torch.testing.assert_close(torch.tensor([e.loss for e in history]), expected)
+    assert [e.epoch for e in history] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("step", [0, 4, 6, 10])
+def test_resumes_exactly(tmp_path: Path, step: int) -> None:
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 8, "seed": 3, **QUIET}
+    whole, whole_loss = network(), Schedule()
+    history = fit(whole, whole_loss, Pairs(), **options)
+
+    stopped = network()
+    with pytest.raises(Stop):
+        fit(stopped, Schedule(), Pairs(), run_dir=tmp_path, after_step=stop_at(step), **options)
+    torch.manual_seed(99)  # nothing of the first process is left
+    resumed, loss = network(), Schedule()
+    again = fit(resumed, loss, Pairs(), run_dir=tmp_path, resume=True, **options)
+    assert same(resumed, whole) and not same(stopped, whole)
+    assert loss.calls == whole_loss.calls
+    assert [e.loss for e in again] == [e.loss for e in history]
+
+    finished = network()
+    assert fit(finished, Schedule(), Pairs(), run_dir=tmp_path, resume=True, **options) == again
+    assert same(finished, whole)
+
+
+def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 8, **QUIET}
+    with pytest.raises(KeyboardInterrupt, match=f"after 1 of 3 epochs; continue with resume and run_dir {tmp_path}"):
+        fit(network(), F.cross_entropy, Pairs(), run_dir=tmp_path, after_step=stop_at(5, KeyboardInterrupt), **options)
+    with pytest.raises(KeyboardInterrupt, match="nothing was saved"):
+        fit(network(), F.cross_entropy, Pairs(), after_step=stop_at(5, KeyboardInterrupt), **options)
+
+
+def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
+    def run(model: nn.Module, **changes: Any) -> None:
+        options: dict[str, Any] = {"epochs": 1, "batch_size": 8, "run_dir": tmp_path, **QUIET}
+        fit(model, F.cross_entropy, Pairs(), **{**options, **changes})
+
+    run(network())
+    with pytest.raises(RequestError, match="holds a run already"):
+        run(network())
+    with pytest.raises(RequestError, match="epochs = 1, not 2"):
+        run(network(), epochs=2, resume=True)
+    with pytest.raises(RequestError, match="another model"):
+        run(nn.Linear(6, 2), resume=True)
+    with pytest.raises(RequestError, match="run_dir"):
+        run(network(), run_dir=None, resume=True)
+    state = torch.load(tmp_path / "training.pt", weights_only=True)
+    del state["batch_sizes"]
+    torch.save(state, tmp_path / "training.pt")
+    with pytest.raises(RequestError, match="an older version"):
+        run(network(), resume=True)
+    (tmp_path / "training.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(RequestError, match="cannot be read"):
+        run(network(), resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    with pytest.raises(DynCompressError, match=r"nan at step 2 of 4.*learning rate below 0.001"):
+        losses = iter([1.0, 1.0, math.nan])
+        fit(network(), lambda z, y: z.sum() * 0 + next(losses), Pairs(), epochs=1, batch_size=8, **QUIET)
+
+
+@pytest.mark.parametrize("change", [{"epochs": 0}, {"lr": 0.0}, {"batch_size": -1}, {"seed": -1}, {"parameters": []}])
+def test_wrong_arguments(change: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        fit(network(), F.cross_entropy, Pairs(), **{"epochs": 1, **QUIET, **change})
+
+
+def test_wrong_data() -> None:
+    for data, message in [(Pairs(0), "empty"), (Dataset(), "no length"), (torch.randn(8, 6), "pairs")]:
+        with pytest.raises(RequestError, match=message):
+            fit(network(), F.cross_entropy, data, epochs=1, **QUIET)  # type: ignore[arg-type]
+
+
+def test_inputs_may_be_tuples_or_dicts() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 2)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.layer(a - b)
+
+    losses = []
+    for shape in (lambda x: (x, 2 * x), lambda x: {"a": x, "b": 2 * x}):
+        torch.manual_seed(0)
+        losses.append(fit(Two(), F.cross_entropy, Pairs(shape=shape), epochs=2, batch_size=8, **QUIET)[-1].loss)
+    assert losses[0] == losses[1]
+
+
+def test_groups_have_their_own_learning_rates_and_frozen_modules_stay() -> None:
+    model = network().eval()
+    before = copy.deepcopy(model)
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[4].parameters()}]
+    modes = []
+
+    def watch(step: int) -> None:
+        modes.append((model[1].training, model[3].training))
+
+    fit(model, F.cross_entropy, Pairs(), epochs=1, parameters=groups, keep_eval=[model[1]], after_step=watch, **QUIET)
+    assert modes and set(modes) == {(False, True)}
+    assert same(model[0], before[0]) and same(model[1], before[1]) and not same(model[4], before[4])
+    assert not any(module.training for module in model.modules())  # as it came
+
+
+def test_random_numbers_outside_are_left_alone_and_the_seed_decides() -> None:
+    results = []
+    for seed in (1, 1, 2):
+        model = network()
+        torch.manual_seed(5)
+        expected = torch.rand(1)
+        torch.manual_seed(5)
+        fit(model, F.cross_entropy, Pairs(), epochs=1, batch_size=8, seed=seed, **QUIET)
+        assert torch.equal(torch.rand(1), expected)
+        results.append(model)
+    assert same(results[0], results[1]) and not same(results[0], results[2])
+
+
+def test_bf16_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    try:
+        model = network()
+        history = fit(model, F.cross_entropy, Pairs(), epochs=1, batch_size=8, mixed_precision="bf16", **QUIET)
+        assert math.isfinite(history[0].loss)
+        assert "forward" not in model.__dict__ and model.eval()(torch.zeros(2, 6)).dtype == torch.float32
+        with pytest.raises(RequestError, match="mixed_precision"):
+            fit(model, F.cross_entropy, Pairs(), epochs=1, mixed_precision="fp16", **QUIET)
+    finally:
+        AcceleratorState._reset_state(True)
