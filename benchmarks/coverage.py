@@ -25,9 +25,9 @@ from torch.utils import _pytree as pytree
 
 import dyncompress as dc
 from dyncompress.passes.axes.axes import Axes
-from dyncompress.passes.capture.capture import split_inputs
-from dyncompress.passes.dims.type_graph import attribute
 from dyncompress.passes.graph.cost import count_macs
+from dyncompress.passes.graph.inputs import split_inputs
+from dyncompress.passes.graph.nodes import attribute
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from common import header, write
 
 import dyncompress as dc
-from dyncompress.compress.evaluation.evaluate import latency_inputs
+from dyncompress.compress.evaluation.wall_clock import latency_inputs
 from dyncompress.compress.thresholds.call_costs import time_costs
 from dyncompress.model_zoo import Splits, load, load_data
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import dyncompress as dc
-from dyncompress.compress.evaluation.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
 from dyncompress.model_zoo import zoo as models
 
 

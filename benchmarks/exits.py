@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import dyncompress as dc
-from dyncompress.compress.evaluation.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
 from dyncompress.compress.thresholds.candidates import Cached, collect_cached
 from dyncompress.compress.thresholds.choose_policy import choose_policy
 from dyncompress.compress.thresholds.thresholds import ThresholdSearch

@@ -36,7 +36,7 @@ from torch import Tensor, fx, nn
 from torch.utils.data import Subset
 
 import dyncompress as dc
-from dyncompress.compress.evaluation.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
 from dyncompress.compress.gates.gate_decisions import Progress
 from dyncompress.compress.gates.gate_losses import GateLoss
 from dyncompress.compress.gates.gate_training import Phase, train_gates

@@ -18,7 +18,7 @@ from data import splits
 from torch import fx
 
 import dyncompress as dc
-from dyncompress.compress.evaluation.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
 from dyncompress.compress.training.losses import cross_entropy
 from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo import build, load, load_data

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vs_torch_pruning import write
 
 import dyncompress as dc
-from dyncompress.compress.evaluation.evaluate import latency_inputs, measure_latency
+from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
 from dyncompress.compress.thresholds.choose_policy import choose_policy
 from dyncompress.compress.training.losses import cross_entropy
 from dyncompress.compress.training.trainer import fit

@@ -23,7 +23,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import dyncompress as dc
-from dyncompress.compress.evaluation.evaluate import measure_latency
+from dyncompress.compress.evaluation.wall_clock import measure_latency
 from dyncompress.passes.graph.cost import count_macs
 
 MODELS = ("resnet50", "vgg16", "mobilenet_v2", "vit_b_16", "bert-base")

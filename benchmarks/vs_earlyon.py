@@ -32,7 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vs_torch_pruning import write
 
 import dyncompress as dc
-from dyncompress.compress.evaluation.evaluate import collect_logits, latency_inputs
+from dyncompress.compress.evaluation.evaluate import collect_logits
+from dyncompress.compress.evaluation.wall_clock import latency_inputs
 from dyncompress.compress.thresholds.candidates import Cached
 from dyncompress.compress.thresholds.thresholds import ThresholdSearch
 from dyncompress.model_zoo import Splits

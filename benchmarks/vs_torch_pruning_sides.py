@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from dyncompress.compress.importance.scores import l2_scores
 from dyncompress.passes.axes.axes import as_keep, infer_axes
-from dyncompress.passes.capture.capture import capture, split_inputs
+from dyncompress.passes.capture.capture import capture
+from dyncompress.passes.graph.inputs import split_inputs
 from dyncompress.passes.shrink.shrink import mask, shrink, shrink_axes
 
 Stage = Callable[[str], None]

@@ -5,6 +5,6 @@ import sys
 
 def main() -> None:
     """Runs `dyncompress` with the arguments of the process and exits with its status."""
-    from .app import run
+    from .main import run
 
     sys.exit(run(sys.argv[1:]))

@@ -1,23 +1,13 @@
-"""The application: exit statuses, one line for every mistake, and standard output kept clean for --json.
-
-0 done    1 the job failed    2 the request was wrong    130 interrupted
-"""
+"""The application object, and where commands print: standard output is kept clean for --json."""
 
 import contextlib
 import json
-import os
-import shlex
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
 from rich.console import Console
-
-from ..errors import DynCompressError, RequestError
-from .runs.folders import Interrupted
 
 app = App(
     name="dyncompress",
@@ -26,55 +16,6 @@ app = App(
     default_parameter=Parameter(negative_iterable=()),
     suppress_keyboard_interrupt=False,
 )
-
-
-def run(argv: Sequence[str]) -> int:
-    """Runs one command; returns the exit status. Errors go to standard error as one line, without a traceback."""
-    try:
-        from . import commands  # noqa: F401 - registers the commands
-
-        with _one_line_warnings():
-            app(list(argv), exit_on_error=False, print_error=False, result_action="return_value")
-    except (CycloptsError, RequestError) as error:
-        return _complain(2, str(error))
-    except (DynCompressError, OSError) as error:
-        return _complain(1, str(error))
-    except Interrupted as stop:
-        return _complain(130, f"interrupted: continue with {_resume_command(argv, stop.folder)}")
-    except KeyboardInterrupt:
-        return _complain(130, "interrupted before anything was written")
-    except Exception as error:  # a defect, ours or of a model's code: one line, and the whole story on request
-        if os.environ.get(_TRACEBACK):
-            raise
-        reason = (str(error).splitlines() or [""])[0]
-        return _complain(1, f"{type(error).__name__}: {reason} (set {_TRACEBACK}=1 to see where)")
-    return 0
-
-
-@contextlib.contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    """Warnings without the line of code that made them."""
-    usual = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = usual
-
-
-def _complain(status: int, message: str) -> int:
-    print(f"dyncompress: {' '.join(message.split())}", file=sys.stderr)
-    return status
-
-
-def _resume_command(argv: Sequence[str], folder: Path) -> str:
-    words = [word for word in argv if word not in ("--overwrite", "--resume")]
-    if not any(word == "--out" or word.startswith("--out=") for word in words):
-        words += ["--out", str(folder)]
-    return shlex.join(["dyncompress", *words, "--resume"])
-
-
-_TRACEBACK = "DYNCOMPRESS_TRACEBACK"
 _WIDTH = 120  # of tables in files and pipes
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dyncompress.cli import commands
-from dyncompress.cli.app import run
+from dyncompress.cli.main import run
 from dyncompress.cli.report import layers, plots
 from dyncompress.cli.runs import folders
 from dyncompress.cli.runs import run_recipe as job

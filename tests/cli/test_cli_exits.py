@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import dyncompress as dc
-from dyncompress.cli.app import run
+from dyncompress.cli.main import run
 from dyncompress.errors import RequestError
 from dyncompress.model_zoo.load_data import load_data
 from dyncompress.runtime.predict.policy import ExitPolicy

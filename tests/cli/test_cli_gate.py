@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dyncompress as dc
-from dyncompress.cli.app import run
+from dyncompress.cli.main import run
 from dyncompress.cli.report import gate_payoff as skipping
 from dyncompress.cli.report.gate_plots import plot_gates
 from dyncompress.cli.runs import benching

@@ -69,6 +69,12 @@ def prepare(recipe: Recipe, data: Splits | None, *, allow_pickle: bool = False, 
     return Subject(module, graph, inputs, data, device, loaded.trained)
 
 
+def capture_named(subject: Subject, spec: str) -> fx.GraphModule:
+    """Another MODEL, which takes the same inputs, captured on the same device."""
+    loaded = load_model(spec, samples=subject.example_inputs)
+    return capture(loaded.module, loaded.example_inputs).to(subject.device)
+
+
 def pick_device(name: str | None) -> torch.device:
     """The device of this name; without one, a GPU where there is one. Raises RequestError when it cannot be used."""
     if name is None:

@@ -23,7 +23,6 @@ from torch import Tensor, fx, nn
 from ...errors import RequestError
 
 Kind = Literal["safetensors", "export", "torch"]
-
 # Keys under which training scripts keep the weights, beside the optimizer and the epoch.
 _NESTED_KEYS = ("state_dict", "model_state_dict", "model")
 

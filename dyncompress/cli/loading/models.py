@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 from ...errors import RequestError
 from ...model_zoo import zoo
 from ...runtime.files import checkpoint
+from ...runtime.files.model_folder import is_model_folder
 from ...runtime.predict.dynamic import DynamicModel
-from ...runtime.sharded.journal import is_model_folder
 from . import frameworks, model_files
 
 _SHOWN = 3  # names listed in an error message

@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 from torch import fx, nn
 
-from ...passes.dims.type_graph import attribute
 from ...passes.graph.cost import node_macs
+from ...passes.graph.nodes import attribute
 from . import tables
 
 Row = Mapping[str, Any]  # name, before, after, macs_before, macs_after, kept

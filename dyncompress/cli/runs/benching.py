@@ -7,7 +7,8 @@ import torch
 from rich.console import Console
 
 from ...compress.training.batches import call
-from ...compress.evaluation.report_entries import graph_of, measure
+from ...runtime.predict.dynamic import graph_of
+from ...compress.evaluation.report_entries import measure
 from ...errors import RequestError
 from ...runtime.predict.dynamic import DynamicModel
 from ...compress.recipes.recipe import Recipe

@@ -6,7 +6,7 @@ from rich.console import Console
 from torch import fx
 
 from ...passes.axes.axes import Axes, infer_axes
-from ...passes.edit.flow import blocks, cut_points
+from ...passes.edit.cut_points import blocks, cut_points
 from ...passes.graph.cost import count_bytes, count_macs, count_parameters, node_macs
 from ...passes.gates.read_gates import graph_gates
 from ...passes.gates.insert_gates import gate_places

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from rich.console import Console
 from torch import fx
 
-from ...compress.evaluation.report_entries import graph_of, measure
+from ...runtime.predict.dynamic import graph_of
+from ...compress.evaluation.report_entries import measure
 from ...errors import DynCompressError, RequestError
 from ...runtime.files import checkpoint
 from ...runtime.predict.dynamic import DynamicModel
@@ -23,7 +25,7 @@ from ...compress.options.steps import Export
 from . import folders, write_results
 from .exporting import check_report, write_onnx
 from ...compress.recipes.take_step import check_order, check_request, result_name, take
-from ..loading.loaded_subject import Subject, load_splits, prepare
+from ..loading.loaded_subject import Subject, capture_named, load_splits, prepare
 
 Captured = fx.GraphModule | DynamicModel
 
@@ -103,6 +105,7 @@ def _take_steps(
                 current,
                 subject.data,
                 example_inputs=subject.example_inputs,
+                load=partial(capture_named, subject),
                 seed=recipe.seed,
                 device=subject.device,
                 work=work,

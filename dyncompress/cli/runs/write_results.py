@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import fx
 
 from ...compress.synthesis import impression_store
-from ...compress.evaluation.report_entries import graph_of
+from ...runtime.predict.dynamic import graph_of
 from ...runtime.files import checkpoint
 from ...runtime.predict.dynamic import DynamicModel
 from ...compress.recipes.recipe import Recipe

@@ -13,7 +13,8 @@ from torch.utils.data import ConcatDataset
 from ...passes.graph.cost import count_bytes, count_macs, count_parameters
 from ...runtime.predict.dynamic import DynamicModel
 from ..training.batches import LabelledData, placed
-from .evaluate import evaluate, latency_inputs, measure_latency
+from .evaluate import evaluate
+from .wall_clock import latency_inputs, measure_latency
 
 LATENCY_BATCHES = {1: 32, 256: 2}  # batch size -> how many different batches
 _REPEATS = 3
@@ -72,11 +73,6 @@ def _latencies(
         inputs = {size: [_resized(example_inputs, size, device)] for size in batches}
     with _running(models, device) as calls:
         return measure_latency(calls, inputs, repeats)
-
-
-def graph_of(model: fx.GraphModule | DynamicModel) -> fx.GraphModule:
-    """The captured graph itself, or that of a dynamic model with its exits."""
-    return model.trunk if isinstance(model, DynamicModel) else model
 
 
 @contextmanager

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import RequestError
-from ...passes.capture.capture import Inputs, capture
-from ...passes.exits.insert_exits import EVERY, InsertExits
+from ...passes.capture.capture import capture
+from ...passes.exits.exit_places import EVERY
+from ...passes.exits.insert_exits import InsertExits
+from ...passes.graph.inputs import Inputs
 from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.predict.policy import Fallback
 from ..evaluation.exit_quality import measure_exits

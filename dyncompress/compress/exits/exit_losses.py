@@ -21,9 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import RequestError
-from ..training.losses import IGNORED, softened_kl
-
-UNLABELLED = -1
+from ..training.losses import IGNORED, UNLABELLED, softened_kl
 
 
 class ExitLoss(ABC):

@@ -20,13 +20,14 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ...errors import RequestError
-from ...passes.edit.graft import exit_modules, graph_exits
+from ...passes.exits.read_exits import exit_modules, graph_exits
 from ...passes.exits.stages import split_stages, with_outputs
 from ...runtime.predict.dynamic import DynamicModel
 from ..evaluation.evaluate import ready
 from ..training.batches import LabelledData, call, in_order, size_of
+from ..training.losses import UNLABELLED
 from ..training.trainer import Epoch, fit
-from .exit_losses import UNLABELLED, Weighted
+from .exit_losses import Weighted
 
 STEPS, RATE = 5, 0.01  # n and a
 PASS = 2048  # samples in the episodes of one epoch, however few there are

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import RequestError
-from ...passes.edit.graft import all_logits, exit_modules, needed_for
+from ...passes.edit.outputs import all_logits, needed_for
+from ...passes.exits.read_exits import exit_modules
 from ...runtime.predict.dynamic import DynamicModel
 from ..training.batches import LabelledData
 from ..training.trainer import Epoch, Optimizer, count_steps, fit, fixed
@@ -80,8 +81,6 @@ RECIPES: dict[str, tuple[Phase, ...]] = {
 }
 
 META = "meta"  # is no phases of losses, see `meta_exits`
-
-WITHOUT_LABELS = ("distill", "distill-all", "hints", "frozen-teacher")  # learn from samples labelled -1
 
 
 def check_recipe(recipe: str, freeze_trunk: bool, head: str) -> None:

@@ -17,9 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import RequestError
-from .exit_losses import UNLABELLED, ExitLoss, cross_entropies
-
-__all__ = ["UNLABELLED", "SelfDistillation"]
+from .exit_losses import ExitLoss, cross_entropies
 
 _GROWTH = 1.05
 _CONFIDENCE = 0.5

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import RequestError
+from ...passes.dims.channels import channel_dim
 from ...passes.dims.type_graph import type_graph
-from ...passes.edit.graft import all_logits, graph_exits
-from ...passes.exits.head_spec import channel_dim
-from ...passes.exits.insert_exits import final_features
+from ...passes.edit.outputs import all_logits
+from ...passes.exits.read_exits import final_features, graph_exits
 from ...passes.exits.stages import with_outputs
 from ...passes.modules.multi_layer_heads import channel_means
 

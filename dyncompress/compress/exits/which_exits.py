@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...errors import RequestError
-from ...passes.exits.insert_exits import keep_exits
+from ...passes.exits.keep_exits import keep_exits
 from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.predict.policy import ExitPolicy
 from ..thresholds.calibrate import calibrate_exits

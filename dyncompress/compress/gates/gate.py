@@ -17,11 +17,12 @@ import torch
 from torch import fx, nn
 
 from ...errors import RequestError
-from ...passes.capture.capture import Inputs, capture
+from ...passes.capture.capture import capture
 from ...passes.gates.insert_gates import GATES_PATH, POLICY, POOLED, RECURRENT, InsertGates
 from ...passes.gates.settle_gates import SettleGates
 from ...passes.graph.copying import deep_copy
 from ...passes.graph.cost import count_macs
+from ...passes.graph.inputs import Inputs
 from ...passes.rewrites.fold_batch_norm import FoldBatchNorm
 from ...runtime.predict.dynamic import DynamicModel
 from ..training.batches import HasSplits, LabelledData, device_of_model, divided, examples_of, to_device

@@ -16,9 +16,8 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from ...passes.axes.axes import Axes, Axis, infer_axes
-from ...passes.capture.capture import split_inputs
 from ...passes.dims.dims import Atom, coordinates, leaves
-from ...passes.graph.inputs import flat_inputs
+from ...passes.graph.inputs import flat_inputs, split_inputs
 from ..training.batches import device_of_model, in_order, placed, size_of
 from .group_sums import Context, Scores, normalised
 from .weights import l2_scores

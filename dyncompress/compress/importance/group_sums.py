@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 from ...errors import RequestError
 from ...passes.axes.axes import Axis
 from ...passes.dims.dims import Dim, resolve
-from ...passes.dims.type_graph import attribute
+from ...passes.graph.nodes import attribute
 from ..training.batches import LabelledData, size_of
 
 PerElement = Callable[..., Tensor]

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import RequestError
 from ...passes.axes.axes import Axis
-from ...passes.dims.type_graph import attribute, bound_args, op_name
+from ...passes.graph.nodes import attribute, bound_args, op_name
 from .group_sums import Context, Scores, group_sums, parameter_slices
 
 

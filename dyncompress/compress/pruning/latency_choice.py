@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ...errors import RequestError
 from ...passes.axes.axes import Axes, Axis
 from ...passes.dims.dims import Atom, Dim, leaves
-from ...passes.dims.type_graph import flat
+from ...passes.dims.rule_registry import flat
 from ...passes.shrink.shrink import shrink_axes
 from .cost_left import measure
 from .latency import Latency

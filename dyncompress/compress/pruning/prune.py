@@ -15,7 +15,8 @@ from torch import fx, nn
 
 from ...errors import RequestError
 from ...passes.axes.axes import Axes, as_keep, infer_axes
-from ...passes.capture.capture import Inputs, capture
+from ...passes.capture.capture import capture
+from ...passes.graph.inputs import Inputs
 from ...passes.shrink.plan import plan_axes
 from ...passes.shrink.shrink import shrink_axes
 from ..importance.scores import COMPARABLE, Context, Scores, check_importance, score_axes

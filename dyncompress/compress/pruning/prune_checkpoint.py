@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ...errors import RequestError
 from ...passes.axes.axes import Axes, Axis, infer_axes
+from ...runtime.files.model_folder import is_finished
 from ...runtime.files.shards import Source
-from ...runtime.sharded.journal import is_finished
 from ...runtime.sharded.match_tensors import match
 from ...runtime.sharded.shard_writer import write_json
 from ...runtime.sharded.shrink_checkpoint import MAX_SHARD_BYTES, check_output, shrink_checkpoint

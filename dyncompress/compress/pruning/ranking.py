@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from ...errors import RequestError
 from ...passes.axes.axes import Axes, Axis
 from ...passes.dims.dims import Atom
-from ...passes.edit.flow import blocks
+from ...passes.edit.cut_points import blocks
 from ..importance.group_sums import normalised
 
 BRANCH = "branch"

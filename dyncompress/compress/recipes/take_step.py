@@ -1,6 +1,6 @@
 """What each step of a recipe does to a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...cli.loading.models import load_model
 from ...errors import RequestError
-from ...model_zoo.load_data import Splits
-from ...passes.capture.capture import capture
 from ...passes.rewrites import low_rank
-from ...runtime.predict.dynamic import DynamicModel
-from ..evaluation.report_entries import graph_of
+from ...runtime.predict.dynamic import DynamicModel, graph_of
 from ..exits.convert import convert
 from ..gates.gate import gate
 from ..importance.scores import NEED_DATA
@@ -25,6 +21,7 @@ from ..pruning.unstructured import hold_zeros, prune_weights
 from ..sparsity.retrain import retrain
 from ..sparsity.sparsify import sparsify
 from ..synthesis.data_free import check_without_data
+from ..training.batches import HasSplits
 from ..training.losses import cross_entropy
 from ..training.recalibrate import recalibrate_batchnorm
 from ..training.trainer import fit
@@ -74,15 +71,19 @@ def result_name(step: Step) -> str:
 def take(
     step: Making,
     model: fx.GraphModule | DynamicModel,
-    data: Splits | None,
+    data: HasSplits | None,
     *,
     example_inputs: Any,
+    load: Callable[[str], fx.GraphModule],
     seed: int,
     device: torch.device,
     work: Path,
     progress: bool,
 ) -> fx.GraphModule | DynamicModel:
-    """The model that a step makes of `model`, on the same device; `work` keeps what its training resumes from."""
+    """The model that a step makes of `model`, on the same device.
+
+    load: captures a MODEL that an option names, on that device. work: keeps what the training of a step resumes from.
+    """
     graph = graph_of(model)
     common: dict[str, Any] = {"seed": seed, "device": device, "run_dir": work, "resume": True, "progress": progress}
     if isinstance(step, Prune):
@@ -94,7 +95,7 @@ def take(
         return sparsify(graph, data.train, **_options(step), **common)
     if isinstance(step, Retrain):
         assert data is not None
-        early = None if step.early is None else _captured(step.early, example_inputs, device)
+        early = None if step.early is None else load(step.early)
         return retrain(graph, data.train, **{**_options(step), "early": early}, **common)
     if isinstance(step, Gate):
         assert data is not None
@@ -110,12 +111,7 @@ def _options(step: Sparsify | Retrain) -> dict[str, Any]:
     return {**asdict(step), "optimizer": _OPTIMIZERS[step.optimizer]}
 
 
-def _captured(spec: str, samples: Any, device: torch.device) -> fx.GraphModule:
-    loaded = load_model(spec, samples=samples)
-    return capture(loaded.module, loaded.example_inputs).to(device)
-
-
-def _prune(step: Prune, model: fx.GraphModule, data: Splits | None, *, seed: int, **run: Any) -> fx.GraphModule:
+def _prune(step: Prune, model: fx.GraphModule, data: HasSplits | None, *, seed: int, **run: Any) -> fx.GraphModule:
     if data is None:
         return prune(model, seed=seed, **asdict(step), **run)
     small = prune(model, data=data.train, seed=seed, **asdict(step), **run)
@@ -125,7 +121,7 @@ def _prune(step: Prune, model: fx.GraphModule, data: Splits | None, *, seed: int
 
 
 def _baseline(
-    step: LowRank | Unstructured, model: fx.GraphModule, data: Splits | None, *, seed: int, **run: Any
+    step: LowRank | Unstructured, model: fx.GraphModule, data: HasSplits | None, *, seed: int, **run: Any
 ) -> fx.GraphModule:
     if isinstance(step, LowRank):
         small = low_rank.LowRank(step.energy, step.rank, step.macs, step.params)(model).gm

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from ...errors import RequestError
-from ...passes.capture.capture import Inputs
-from ..exits.recipes import WITHOUT_LABELS
+from ...passes.graph.inputs import Inputs
+from ..options.choices import WITHOUT_LABELS
 from ..training.batches import LabelledData, call, placed
 from ..training.losses import logits_of
 from .few_samples import EPOCH, Blends

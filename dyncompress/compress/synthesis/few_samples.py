@@ -13,12 +13,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, Subset
 
 from ...errors import RequestError
-from ...passes.capture.capture import Inputs
-from ...passes.edit.graft import all_logits
+from ...passes.edit.outputs import all_logits
+from ...passes.graph.inputs import Inputs
 from ...runtime.predict.dynamic import DynamicModel
-from ..exits.exit_losses import UNLABELLED
-from ..exits.recipes import WITHOUT_LABELS
+from ..options.choices import WITHOUT_LABELS
 from ..training.batches import LabelledData, size_of
+from ..training.losses import UNLABELLED
 
 EPOCH = 4096  # blends that are one pass of training, however few the inputs
 

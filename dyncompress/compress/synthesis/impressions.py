@@ -26,8 +26,8 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from ...errors import RequestError
-from ...passes.capture.capture import Inputs
 from ...passes.graph.copying import deep_copy
+from ...passes.graph.inputs import Inputs
 from ..training.batches import call
 from ..training.losses import logits_of
 from .impression_store import ImpressionStore

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...passes.capture.capture import split_inputs
 from ...passes.edit.sample_rows import take_rows
+from ...passes.graph.inputs import split_inputs
 from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.predict.pieces import Pieces
 from ...runtime.predict.policy import ExitPolicy
-from ..evaluation.evaluate import latency_inputs, ready, wait_for
+from ..evaluation.evaluate import ready
+from ..evaluation.wall_clock import latency_inputs, wait_for
 from ..training.batches import LabelledData
 
 Cost = Literal["macs", "latency"]

@@ -20,8 +20,8 @@ from ...passes.exits.stages import Stage, split_stages
 from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.predict.policy import RULES, ExitPolicy, State
 from ..evaluation.evaluate import collect_logits, ready
-from ..exits.self_distillation import UNLABELLED
 from ..training.batches import LabelledData, call, in_order
+from ..training.losses import UNLABELLED
 from .call_costs import Costs
 from .operating_points import Floats, Ints, Objective, OperatingPoint, Search, exit_costs, lexargmin
 from .quotas import quota_shares, thresholds_for_shares

@@ -11,7 +11,6 @@ from ...errors import RequestError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
 # (right answers, MACs), both summed over the samples -> what to minimise first (infinite: not allowed) and second.
 Objective = Callable[[Floats, Floats], tuple[Floats, Floats]]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ...passes.capture.capture import split_inputs
+from ...passes.graph.inputs import split_inputs
 from .batches import LabelledData, device_of_model, examples_of, to_device
 
 _SAMPLES = (2, 4)  # a batch norm cannot train on one

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from ...errors import RequestError
-from ...passes.capture.capture import split_inputs
+from ...passes.graph.inputs import split_inputs
 
 LabelledData = Dataset[Any]  # map-style; item i is (inputs, int label)
 

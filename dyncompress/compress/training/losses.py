@@ -105,3 +105,6 @@ def logits_of(output: Any) -> Tensor:
             "return the logits alone or under the name `logits`"
         )
     return found[0]
+
+
+UNLABELLED = -1

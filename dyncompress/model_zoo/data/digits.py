@@ -15,7 +15,6 @@ from .splits import ArrayDataset, Splits, stratified_split
 SHARES = (0.60, 0.15, 0.25)  # train, calibration, test: of the originals
 TRAIN_DRAWS = 10
 HELD_OUT_DRAWS = 8
-
 # Seeds of the pools lie this far apart, so that neighbouring seeds share none with each other or with training.
 _STREAM = 1_000_003
 

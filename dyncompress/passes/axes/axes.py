@@ -8,7 +8,9 @@ from torch import Tensor, fx, nn
 
 from ...errors import RequestError
 from ..dims.dims import Atom, Dim, coordinates, leaves
-from ..dims.type_graph import Typing, attribute, type_graph
+from ..dims.rule_registry import Typing
+from ..dims.type_graph import type_graph
+from ..graph.nodes import attribute
 from .axis_kinds import BRANCH, kind_of
 from .branches import Branch, find_branches
 

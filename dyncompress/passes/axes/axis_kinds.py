@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 
 from ..dims.dims import Atom, leaves
-from ..dims.type_graph import Typing
+from ..dims.rule_registry import Typing
 from .branches import Branch
 
 BRANCH = "branch"

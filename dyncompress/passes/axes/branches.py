@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..dims.type_graph import Typing, attribute, bound_args, op_name
+from ..dims.rule_registry import Typing
 from ..graph.aliasing import storage, written
 from ..graph.cost import node_macs
+from ..graph.nodes import attribute, bound_args, op_name
 from .zero_propagation import zero_nodes
 
 

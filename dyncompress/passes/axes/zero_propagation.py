@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
 
-from ..dims.type_graph import attribute, op_name
+from ..graph.nodes import attribute, op_name
 from ..modules.ragged_recurrent import RaggedRecurrent
 
 _IF_FIRST_IS = {

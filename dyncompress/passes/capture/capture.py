@@ -22,6 +22,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
+from ..graph.cost import CAPTURE_BATCH
+from ..graph.inputs import Inputs, split_inputs
 from ..graph.restoring import evaluating, untouched
 from .lift import lift
 from .opaque_recurrent import opaque_recurrent_layers
@@ -29,19 +31,6 @@ from .recording import Unrecorded
 from .symbolic_sizes import recorded
 
 _log = logging.getLogger(__name__)
-
-CAPTURE_BATCH = 53
-
-Inputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
-
-
-def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of one call: a tensor, a tuple of arguments, or a dict of keywords."""
-    if isinstance(example_inputs, dict):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
 
 
 def capture(model: nn.Module, example_inputs: Inputs) -> fx.GraphModule:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .capture import Inputs, capture
+from ..graph.inputs import Inputs
+from .capture import capture
 
 
 def capture_empty(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..dims.type_graph import attribute
-from ..graph.lazy import LazyGraphModule
+from ..graph.copying import LazyGraphModule
+from ..graph.nodes import attribute
 from .module_builders import MODULE_BUILDERS
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..dims.type_graph import bound_args
+from ..graph.nodes import bound_args
 from . import opaque_recurrent as recurrent  # registers the opaque operator
 
 aten = torch.ops.aten

@@ -8,76 +8,19 @@ After each node, the live values are those computed so far and used later. A cut
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..capture.lift import device_of
 from ..dims.dims import leaves
-from ..dims.type_graph import Typing, attribute, type_graph
+from ..dims.rule_registry import Typing
 from ..graph.aliasing import overwritten
 from ..graph.cost import node_macs
+from ..graph.nodes import attribute
 
 aten = torch.ops.aten
 _NEW_TENSORS = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
-
-
-@dataclass(frozen=True)
-class CutPoint:
-    """A place right after `node`, a per-sample tensor that parameters have worked on.
-
-    `live` are all values that cross, in graph order; `single` says that `node` is the only learned per-sample one
-    (inputs, masks and what skip gates know may travel along); `macs` per sample are spent up to and including `node`.
-    """
-
-    node: fx.Node
-    live: tuple[fx.Node, ...]
-    single: bool
-    macs: int
-
-
-@dataclass(frozen=True)
-class Block:
-    """The stretch between two neighbouring single cut points (`start` None: the inputs); `macs` per sample."""
-
-    start: CutPoint | None
-    end: CutPoint
-    nodes: tuple[fx.Node, ...]
-    macs: int
-
-
-def cut_points(gm: fx.GraphModule, types: Typing | None = None) -> list[CutPoint]:
-    """All cut points of a captured graph, in graph order."""
-    flow = Flow(gm, types or type_graph(gm))
-    macs, spent, found = node_macs(gm), 0, []
-    for node in gm.graph.nodes:
-        spent += macs[node]
-        if node in flow.learned and flow.per_sample(node):
-            live = flow.live_after(node)
-            if node in live and all(map(flow.crosses, live)):
-                single = sum(n in flow.learned and flow.per_sample(n) and not _of_gates(gm, n) for n in live) == 1
-                found.append(CutPoint(node, live, single, spent))
-    return found
-
-
-def _of_gates(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return "gates" in gm.meta and node.meta.get("path", "").partition(".")[0] == "gates"
-
-
-def blocks(gm: fx.GraphModule, types: Typing | None = None) -> list[Block]:
-    """The stretches between neighbouring single cut points, from the inputs to the last one."""
-    order = list(gm.graph.nodes)
-    found: list[Block] = []
-    start, begin = None, 0
-    for point in cut_points(gm, types):
-        if not point.single:
-            continue
-        end = order.index(point.node, begin) + 1
-        spent = start.macs if start else 0
-        found.append(Block(start, point, tuple(order[begin:end]), point.macs - spent))
-        start, begin = point, end
-    return found
 
 
 class Flow:

@@ -15,9 +15,9 @@ from typing import Any
 from torch import fx, nn
 
 from ...errors import RequestError
-from ..edit.flow import CutPoint
+from ..edit.cut_points import CutPoint
+from ..modules.exit_heads import HEADS
 from ..modules.multi_layer_heads import AttentionHead, LinearHead, MLPHead, PositionHead
-from .head_spec import HEADS
 
 COPY, CASCADE = "copy", "cascade"
 HEAD_KINDS = ("auto", "linear", "mlp", "attention", COPY, CASCADE)

@@ -13,11 +13,12 @@ from torch import fx, nn
 from ...errors import RequestError
 from ..dims.type_graph import type_graph
 from ..edit.flow import Flow, like, remake
-from ..edit.graft import Exit, all_logits, exit_nodes, graph_exits
-from ..gates.read_gates import Skipping, graph_gates
+from ..edit.outputs import all_logits, plain_outputs
+from ..gates.read_gates import graph_gates
+from ..gates.run_gated import Skipping
+from ..graph.copying import LazyGraphModule
 from ..graph.cost import node_macs
-from ..graph.lazy import LazyGraphModule
-from .insert_exits import plain_outputs
+from .read_exits import Exit, exit_nodes, graph_exits
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from torch import Tensor, fx, nn
 from ...errors import RequestError
 from ..axes.branches import Branch, find_branches
 from ..capture.capture import capture
-from ..dims.type_graph import Typing, type_graph
+from ..dims.channels import channel_dim
+from ..dims.rule_registry import Typing
+from ..dims.type_graph import type_graph
 from ..edit.flow import Flow
 from ..edit.graft import container, inline, insert_head
-from ..exits.head_spec import channel_dim
-from ..exits.insert_exits import find_logits, plain_outputs
+from ..edit.outputs import find_logits, plain_outputs
 from ..graph.cost import node_macs
 from ..graph.graph_pass import GraphPass, PassResult
 from ..modules.gate_modules import ConvGate, Embedding, PolicyNetwork, PooledGate, RecurrentGate

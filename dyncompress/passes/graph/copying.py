@@ -1,17 +1,31 @@
-"""Deep copies of captured models."""
+"""Deep copies of captured models, and the module of a graph, compiled when it is first called."""
 
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from threading import RLock
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from ..dims.type_graph import attribute
-from .lazy import LazyGraphModule
+from .nodes import attribute
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
+
+
+class LazyGraphModule(_LazyGraphModule):
+    """A graph's module, whose Python code is written and compiled when it is first called or printed.
+
+    Torch's own, for threads that share a model: writing marks the graph's nodes, so only one may write at a time.
+    """
+
+    _writing: ClassVar = RLock()
+
+    def real_recompile(self) -> None:
+        with self._writing:
+            super().real_recompile()
 
 
 def deep_copy(model: M, memo: dict[int, Any] | None = None) -> M:

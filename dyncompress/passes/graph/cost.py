@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture.capture import CAPTURE_BATCH
-from ..dims.type_graph import attribute
 from ..modules.ragged_recurrent import RaggedRecurrent
+from .nodes import attribute
 
 aten = torch.ops.aten
 
@@ -225,3 +224,4 @@ _MODULE_MACS: dict[type[nn.Module], Callable[[fx.Node, nn.Module], int]] = {
     nn.RNNBase: _recurrent_module,
     RaggedRecurrent: _recurrent_module,
 }
+CAPTURE_BATCH = 53

@@ -144,3 +144,15 @@ def _check_dtype(name: str, dtype: torch.dtype, leaf: Tensor, floats: Tensor | N
     if leaf.dtype not in allowed:
         wanted = floats.dtype if moved and floats is not None else dtype
         raise RequestError(f"input '{name}' is {leaf.dtype}; the model takes {wanted}: use {name}.to({wanted})")
+
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
+
+
+def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of one call: a tensor, a tuple of arguments, or a dict of keywords."""
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}

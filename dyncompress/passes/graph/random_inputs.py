@@ -9,9 +9,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
-from ..capture.capture import Inputs, split_inputs
-from ..dims.type_graph import op_name
-from .inputs import batch_size, flat_inputs
+from .inputs import Inputs, batch_size, flat_inputs, split_inputs
+from .nodes import op_name
 
 _KEEP_VALUES = {
     "view", "reshape", "flatten", "slice", "select", "squeeze", "unsqueeze", "expand", "transpose", "permute", "clone",

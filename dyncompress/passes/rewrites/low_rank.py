@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import RequestError
-from ..dims.type_graph import attribute
 from ..graph.cost import count_parameters, node_macs
 from ..graph.graph_pass import GraphPass, PassResult
+from ..graph.nodes import attribute
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HALVINGS = 60  # of the energy, until doubles run out

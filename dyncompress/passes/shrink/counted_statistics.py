@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from ..dims.dims import Dim, leaves
-from ..dims.type_graph import BATCH, bound_args, op_name
+from ..dims.rule_registry import BATCH
+from ..graph.nodes import bound_args, op_name
 
 aten = torch.ops.aten
 Call = Callable[..., fx.Node]

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from ...errors import RequestError
 from ..dims.dims import Atom, Dim, new_size
-from ..dims.type_graph import Typing, op_name
+from ..dims.rule_registry import Typing
+from ..graph.nodes import op_name
 from ..modules.counted_norms import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
 from .counted_statistics import count_op, rescale
 from .fold_constants import masked_rests

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..dims.dims import Atom, kept_indices, new_size
-from ..dims.type_graph import Typing, op_name
+from ..dims.rule_registry import Typing
+from ..graph.nodes import op_name
 from ..graph.restoring import evaluating
 from ..modules.counted_norms import CountedLayerNorm, CountedRMSNorm
 from .plan import Plan, masked_copy

@@ -9,8 +9,8 @@ from torch import Tensor, fx
 
 from ..axes.axes import Axes, as_keep, infer_axes
 from ..dims.dims import Dim, kept_indices, new_size, resolve
-from ..dims.type_graph import attribute
 from ..graph.copying import copy_with
+from ..graph.nodes import attribute
 
 Kept = tuple[Tensor | None, ...]
 

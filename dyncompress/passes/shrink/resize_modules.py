@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..dims.dims import Atom, new_size
-from ..dims.type_graph import Typing, attribute
-from ..exits.head_spec import ExitHead, ImageHead, TokenHead
+from ..dims.rule_registry import Typing
+from ..graph.nodes import attribute
 from ..modules.counted_norms import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
+from ..modules.exit_heads import ExitHead, ImageHead, TokenHead
 from ..modules.ragged_recurrent import RaggedRecurrent
 
 

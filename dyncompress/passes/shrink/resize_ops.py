@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from ..dims.dims import Atom, Dim, new_size
-from ..dims.type_graph import Typing, bound_args, op_name
+from ..dims.rule_registry import Typing
+from ..graph.nodes import bound_args, op_name
 
 aten = torch.ops.aten
 Keep = Mapping[Atom, Tensor]

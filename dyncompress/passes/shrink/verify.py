@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
 from ..axes.axes import Axes, as_keep, infer_axes
-from ..capture.capture import Inputs
 from ..dims.dims import Atom, Dim, kept_indices
+from ..graph.inputs import Inputs
 from ..graph.random_inputs import given_inputs, random_inputs
 from ..graph.restoring import evaluating
 from .plan import masked_copy, plan_axes

@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 from ...errors import DynCompressError, RequestError
 from ..predict.dynamic import DynamicModel
 from ..predict.policy import ExitPolicy, OperatingPolicy
-from ..sharded.journal import GRAPH, is_model_folder, read_folder
 from .call_json import check_identifier, encode_call, set_call
 from .graph_json import decode_nodes, encode_nodes
 from .json_values import decode, encode
+from .model_folder import GRAPH, is_model_folder, read_folder
 from .module_json import decode_modules, encode_modules
 from .tensor_file import check_destination, first_line, read_file, read_model, write_file
 from .tensor_table import Table, assign_tensors, encode_tensors

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ...errors import DynCompressError, RequestError
-from ...passes.exits.head_spec import HEADS
 from ...passes.modules.counted_norms import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
+from ...passes.modules.exit_heads import HEADS
 from ...passes.modules.ragged_recurrent import RaggedRecurrent
 from .graph_json import check_path
 from .json_values import decode, encode

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from torch import Tensor, fx, nn
 
 from ...errors import DynCompressError, RequestError
-from ...passes.capture.capture import Inputs
 from ...passes.graph.copying import deep_copy
+from ...passes.graph.inputs import Inputs
 from ...passes.graph.random_inputs import call_flat, given_inputs, random_inputs
 from ..predict.dynamic import DynamicModel
 from .check import BATCHES, Tolerance, check_file

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.onnx import ops
 
-from ...passes.gates.read_gates import GatedBranch
+from ...passes.gates.run_gated import GatedBranch
 from .builder import ModelBuilder, Scope
 from .trace import Value, trace
 

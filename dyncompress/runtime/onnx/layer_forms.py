@@ -1,4 +1,9 @@
-"""LSTM, GRU and RNN layers as ONNX's own operators, so that any sequence length runs.
+"""Layers in the form that ONNX, or onnxruntime, wants them in.
+
+1. LSTM, GRU and RNN layers become ONNX's own operators, so that any sequence length runs;
+2. image heads pool by windows: rows and then columns, the fastest in PyTorch, is onnxruntime's slowest way, and windows
+   took it a tenth of the time on 16 x 16 maps; they stay in its own memory layout, too;
+3. attention over more, or fewer, leading dims than batch and heads becomes four-dimensional.
 
 ONNX stacks the gates in another order (LSTM i o f c, GRU z r h; PyTorch: i f g o, r z n) and runs one layer at a time.
 A projection W_hr is folded: with r = W_hr h the gates' W_hh r equals (W_hh W_hr) h, an ordinary LSTM whose outputs are
@@ -9,17 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.onnx import ops
 
 from ...errors import DynCompressError
+from ...passes.modules.exit_heads import ImageHead
 from ...passes.modules.ragged_recurrent import RaggedRecurrent
 
 _GATES = {"LSTM": [0, 3, 1, 2], "GRU": [1, 0, 2], "RNN_TANH": [0], "RNN_RELU": [0]}  # ONNX's order in PyTorch's
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def use_onnx_layers(gm: fx.GraphModule) -> None:
-    """Replaces, in place, every recurrent layer of `gm` by one that can only be exported."""
+    """Gives `gm`, in place, layers that can only be exported: recurrent ones, and image heads that pool by windows."""
     for path, module in list(gm.named_modules()):
+        if isinstance(module, ImageHead):
+            module.by_windows = True
         if isinstance(module, nn.RNNBase | RaggedRecurrent):
             gm.set_submodule(path, OnnxRecurrent(path, module))
 
@@ -104,3 +114,25 @@ def _reorder(weight: Tensor, mode: str) -> Tensor:
     """The gates of dim 0 in ONNX's order, behind a leading dim for the direction."""
     order = _GATES[mode]
     return weight.unflatten(0, (len(order), -1))[order].flatten(0, 1).unsqueeze(0)
+
+
+def with_plain_attention(program: ExportedProgram) -> ExportedProgram:
+    """The same program, all of its attention calls of rank 4."""
+    ranks = {node.args[0].meta["val"].dim() for node in program.graph.find_nodes(op="call_function", target=_ATTENTION)}
+    return program if ranks <= {4} else program.run_decompositions({_ATTENTION: _attention})
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    """q: (*lead, heads, queries, width)."""
+    if q.dim() == 4:
+        return NotImplemented
+    lead = q.shape[:-3]
+    if attn_mask is not None and attn_mask.dim() > 2:
+        attn_mask = _merged(attn_mask.expand(*lead, *attn_mask.shape[-3:]))
+    y = _ATTENTION(_merged(q), _merged(k), _merged(v), attn_mask, *args, **kwargs)
+    return y.reshape(*lead, *y.shape[-3:])
+
+
+def _merged(x: Tensor) -> Tensor:
+    """(*lead, heads, tokens, width) -> (product of lead, heads, tokens, width)."""
+    return x.reshape(-1, *x.shape[-3:])

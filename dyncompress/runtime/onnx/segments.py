@@ -17,7 +17,6 @@ from ..predict.dynamic import DynamicModel
 from ..predict.policy import RULES, ExitPolicy, State
 from .gates import TracedBranch, trace_branches, use_onnx_branches
 from .layer_forms import use_onnx_layers
-from .onnx_heads import use_window_pooling
 from .trace import Value, trace
 
 # What a policy with memory hands from one live exit to the next; no node of a graph can have a name with a dot.
@@ -118,7 +117,6 @@ def trace_segments(model: DynamicModel, flat: Sequence[Any], opset: int, tunable
     Raises:
         DynCompressError: a segment cannot be exported.
     """
-    use_window_pooling(model.trunk)
     stages = split_stages(model.trunk)  # while the layers can still be typed
     use_onnx_layers(model.trunk)
     values = dict(zip(stages[0].inputs, flat, strict=True))

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from ...errors import DynCompressError
-from .onnx_attention import with_plain_attention
+from .layer_forms import with_plain_attention
 
 Value = Tensor | int
 

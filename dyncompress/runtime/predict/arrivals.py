@@ -6,7 +6,7 @@ from queue import Empty, Queue
 from threading import Event, Thread
 from time import perf_counter
 
-from ...passes.capture.capture import Inputs
+from ...passes.graph.inputs import Inputs
 
 Arrival = tuple[Inputs, float]  # a batch, and when it came: `perf_counter`, in seconds
 

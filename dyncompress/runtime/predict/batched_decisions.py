@@ -9,7 +9,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from ...passes.gates.read_gates import GatedBranch, Rows
+from ...passes.gates.run_gated import GatedBranch, Rows
 
 
 def use_one_read(piece: fx.GraphModule) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import RequestError
-from ...passes.capture.capture import Inputs, split_inputs
+from ...passes.graph.inputs import Inputs, split_inputs
 from .arrivals import as_asked_for, as_they_come
 from .deadline import Deadline
 from .pieces import Pieces, Prediction
@@ -257,3 +257,8 @@ class DynamicModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
+
+
+def graph_of(model: fx.GraphModule | DynamicModel) -> fx.GraphModule:
+    """The captured graph itself, or that of a dynamic model with its exits."""
+    return model.trunk if isinstance(model, DynamicModel) else model

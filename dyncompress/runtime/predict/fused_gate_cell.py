@@ -17,7 +17,6 @@ aten = torch.ops.aten
 _SLICE, _ADD, _MUL, _SIGMOID, _TANH = (
     aten.slice.Tensor, aten.add.Tensor, aten.mul.Tensor, aten.sigmoid.default, aten.tanh.default,
 )  # fmt: skip
-
 # Patterns: (operator or layer, arguments ...); other strings are variables, the same value wherever they stand.
 _BEFORE_HIDDEN = (_SLICE, "before", 1, 0, "width")
 _BEFORE_CELL = (_SLICE, "before", 1, "width", "end")

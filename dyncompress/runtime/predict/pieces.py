@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...passes.exits.stages import Stage, split_stages, without_exits
-from ...passes.gates.read_gates import GatedBranch
+from ...passes.gates.run_gated import GatedBranch
 from ...passes.graph.cost import count_macs
 from ...passes.graph.inputs import CallReader
 from ...passes.graph.restoring import evaluating

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...passes.capture.capture import Inputs
 from ...passes.edit.sample_rows import take_rows
+from ...passes.graph.inputs import Inputs
 from .arrivals import Arrival
 from .pieces import GateCount, Pieces, Prediction
 from .policy import ExitPolicy, State

@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from ...errors import DynCompressError, RequestError
 from ...passes.axes.axes import as_keep, infer_axes
-from ...passes.dims.type_graph import attribute
+from ...passes.graph.nodes import attribute
 from ...passes.shrink.plan import Kept, Plan, plan_axes
 from ...passes.shrink.shrink import shrink_axes
 from ..files.checkpoint import check_loadable, describe
+from ..files.model_folder import shard_name
 from ..files.shards import BITS, DTYPES, Source
 from ..files.tensor_table import describe_tensors
-from .journal import Journal, check_free, finish, open_journal, replaceable, shard_name
+from .journal import Journal, check_free, finish, open_journal, replaceable
 from .match_tensors import check_constants, match
 from .shard_writer import Planned, pack, write_shard
 

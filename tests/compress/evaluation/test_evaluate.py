@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from dyncompress.compress.evaluation import evaluate as module
-from dyncompress.compress.evaluation.evaluate import collect_logits, evaluate, latency_inputs, measure_latency
+from dyncompress.compress.evaluation.evaluate import collect_logits, evaluate
+from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
 from dyncompress.compress.training.losses import cross_entropy, logits_of
 from dyncompress.compress.training.recalibrate import recalibrate_batchnorm
 from dyncompress.errors import RequestError

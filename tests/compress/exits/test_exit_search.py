@@ -17,7 +17,8 @@ from dyncompress.compress.exits.which_exits import choose_subset
 from dyncompress.compress.options.steps import Convert
 from dyncompress.compress.recipes.recipe import read_recipe
 from dyncompress.passes.exits.head_choice import HEAD_KINDS
-from dyncompress.passes.exits.insert_exits import InsertExits, keep_exits
+from dyncompress.passes.exits.insert_exits import InsertExits
+from dyncompress.passes.exits.keep_exits import keep_exits
 from dyncompress.runtime.predict.dynamic import DynamicModel
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dyncompress as dc
-from dyncompress.cli.app import run
+from dyncompress.cli.main import run
 from dyncompress.compress.pruning import compare as comparing
 from dyncompress.model_zoo.load_data import ArrayDataset, Splits
 

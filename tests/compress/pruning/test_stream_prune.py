@@ -13,7 +13,7 @@ from stream_models import INDEX, captured, empty, state, trained, write_shards
 from torch import fx
 
 import dyncompress as dc
-from dyncompress.cli.app import run
+from dyncompress.cli.main import run
 from dyncompress.compress.pruning import prune_checkpoint as stream_prune
 from dyncompress.compress.pruning.prune_checkpoint import stream_l2_scores
 from dyncompress.passes.graph.cost import count_macs, count_parameters

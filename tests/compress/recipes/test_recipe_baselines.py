@@ -9,7 +9,7 @@ import torch
 from sparsify_models import make_data, network
 
 import dyncompress as dc
-from dyncompress.cli.app import run
+from dyncompress.cli.main import run
 from dyncompress.passes.rewrites.low_rank import LowRank
 
 HEAD = "model: sparsify_models:make_net\ndevice: cpu\n"

@@ -15,7 +15,7 @@ from sparsify_models import OPTIONS, images, make_data, make_net, network, same
 from torch import Tensor
 
 import dyncompress as dc
-from dyncompress.cli.app import run
+from dyncompress.cli.main import run
 from dyncompress.compress.training.losses import cross_entropy
 
 STEPS = 6  # per epoch of batches of 32

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, fx, nn
 from torch.utils.data import TensorDataset
 
-from dyncompress.cli.app import _one_line_warnings, run
+from dyncompress.cli.main import _one_line_warnings, run
 from dyncompress.compress.evaluation.evaluate import evaluate
 from dyncompress.compress.exits.convert import convert
 from dyncompress.compress.options.steps import Convert

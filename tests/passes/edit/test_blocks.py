@@ -7,9 +7,9 @@ import torch
 from exit_models import CASES, graph
 from torch import Tensor, fx, nn
 
-from dyncompress.passes.capture.capture import CAPTURE_BATCH, capture
-from dyncompress.passes.edit.flow import CutPoint, blocks, cut_points
-from dyncompress.passes.graph.cost import count_macs
+from dyncompress.passes.capture.capture import capture
+from dyncompress.passes.edit.cut_points import CutPoint, blocks, cut_points
+from dyncompress.passes.graph.cost import CAPTURE_BATCH, count_macs
 
 
 def names(points: list[CutPoint]) -> list[str]:

@@ -10,10 +10,11 @@ from torch import Tensor, fx, nn
 
 from dyncompress.errors import RequestError
 from dyncompress.passes.capture.capture import capture
-from dyncompress.passes.exits.head_spec import HEADS, ImageHead, TokenHead, VectorHead
-from dyncompress.passes.exits.insert_exits import InsertExits, find_logits
+from dyncompress.passes.edit.outputs import find_logits
+from dyncompress.passes.exits.insert_exits import InsertExits
 from dyncompress.passes.graph.copying import deep_copy
 from dyncompress.passes.graph.cost import count_macs, count_parameters
+from dyncompress.passes.modules.exit_heads import HEADS, ImageHead, TokenHead, VectorHead
 from dyncompress.passes.rewrites.unstack_recurrent import unstack_recurrent
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from ..dims import Product, freeze, fresh, unify
-from ..type_graph import Dims, Typing, rule
+from ..rule_registry import Dims, Typing, rule
 from .elementwise import broadcast
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from ..dims import ONE, Concat, Dim, fresh, split, unify
-from ..type_graph import Dims, Typing, module_rule, rule
+from ..rule_registry import Dims, Typing, module_rule, rule
 
 
 def broadcast(operands: Sequence[Dims]) -> Dims:

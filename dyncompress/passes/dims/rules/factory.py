@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx
 
 from ..dims import fresh
-from ..type_graph import Dims, Typing, rule
+from ..rule_registry import Dims, Typing, rule
 
 
 @rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")

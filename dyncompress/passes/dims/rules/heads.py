@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import fx
 
-from ...exits.head_spec import ImageHead, TokenHead, VectorHead
+from ...modules.exit_heads import ImageHead, TokenHead, VectorHead
 from ..dims import Product, fresh, unify
-from ..type_graph import Dims, Typing, module_rule
+from ..rule_registry import Dims, Typing, module_rule
 
 
 @module_rule(ImageHead)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx
 
 from ..dims import freeze, fresh
-from ..type_graph import Dims, Typing, rule
+from ..rule_registry import Dims, Typing, rule
 from .elementwise import broadcast
 
 REASON = "indexed by data"

@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx
 
 from ..dims import Concat, Dim, Product, freeze, fresh, split, unify
-from ..type_graph import Dims, Typing, rule
+from ..rule_registry import Dims, Typing, rule
 
 
 @rule("cat", "concat", "concatenate", "hstack", "vstack")

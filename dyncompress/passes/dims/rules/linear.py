@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..dims import Dim, freeze, unify
-from ..type_graph import Dims, Typing, module_rule, rule
+from ..rule_registry import Dims, Typing, module_rule, rule
 from .elementwise import broadcast
 
 

@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from ...modules.counted_norms import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
 from ..dims import Dim, Product, fresh, unify
-from ..type_graph import Dims, Typing, module_rule, rule
+from ..rule_registry import Dims, Typing, module_rule, rule
 
 
 def _per_channel(x: Dims, tensors: list[Dims]) -> Dims:

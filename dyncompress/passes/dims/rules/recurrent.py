@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from ...modules.ragged_recurrent import RaggedRecurrent
 from ..dims import Concat, Dim, Product, fresh, unify
-from ..type_graph import Dims, Typing, module_rule
+from ..rule_registry import Dims, Typing, module_rule
 
 
 def _direction(t: Typing, name: str, suffix: str, gates: int, module: Any) -> tuple[Dim, Dim, Dim]:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx
 
 from ..dims import ONE, Dim, freeze, fresh
-from ..type_graph import Dims, Typing, rule
+from ..rule_registry import Dims, Typing, rule
 
 
 def _reduced(a: dict[str, Any], rank: int) -> list[int]:

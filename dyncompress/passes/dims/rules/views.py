@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx
 
 from ..dims import ONE, Dim, Product, fresh, unify
-from ..type_graph import Dims, Typing, rule
+from ..rule_registry import Dims, Typing, rule
 
 
 def regroup(dims: Dims, out: Sequence[Dim]) -> Dims:
