@@ -13,7 +13,7 @@ from .tensor_file import read_file
 
 GRAPH = "graph.dyn"
 JOURNAL = "unfinished.json"
-_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _HASHED_BYTES = 2**22
 
 
@@ -42,7 +42,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise RequestError(f"{folder} is unfinished: run the command that makes it again; it goes on where it stopped")
     document, tensors = read_file(folder / GRAPH)
     shards = document.pop("shards", None)
-    if not isinstance(shards, dict) or not all(_SHARD.fullmatch(name) for name in shards):
+    if not isinstance(shards, dict) or not all(SHARD.fullmatch(name) for name in shards):
         raise RequestError(f"{folder / GRAPH} is damaged: it names no shards")
     for name, digest in shards.items():
         stored = read_header(folder / name)

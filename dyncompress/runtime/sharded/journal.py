@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import RequestError
-from ..files.model_folder import _SHARD, GRAPH, JOURNAL, shard_name
+from ..files.model_folder import GRAPH, JOURNAL, SHARD, shard_name
 from ..files.shards import INDEX, SINGLE
 from ..files.tensor_file import write_file
 from .shard_writer import TEMPORARY, Planned, sync_folder, write_json
@@ -85,7 +85,7 @@ def replaceable(folder: Path) -> list[Path]:
     """The files in a folder that a run there replaces."""
     if not folder.is_dir():
         return []
-    shards = [path for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
+    shards = [path for path in folder.iterdir() if SHARD.fullmatch(path.name)]
     named = [folder / name for name in (INDEX, GRAPH, SINGLE, JOURNAL)]
     return [path for path in [*named, *shards, *folder.glob(TEMPORARY)] if path.is_file()]
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import dyncompress as dc
-from dyncompress.compress.importance import scores as im
+from dyncompress.compress.importance import weights
 from dyncompress.compress.importance.gradients import FISHER_SAMPLES
 from dyncompress.compress.importance.scores import COMPARABLE, IMPORTANCES, NEED_DATA, Context, score_axes
 
@@ -68,7 +68,7 @@ def test_formulas_of_the_weights_by_hand(gm: fx.GraphModule) -> None:
 def test_lamp_with_ties_and_zeros() -> None:
     energies = torch.tensor([0.0, 2.0, 4.0, 2.0, 0.0]).double()
     expected = torch.tensor([0, 2 / 8, 4 / 4, 2 / 8, 0]).double()
-    torch.testing.assert_close(im.weights._lamp(energies), expected)
+    torch.testing.assert_close(weights._lamp(energies), expected)
 
 
 def test_batchnorm_scales_where_there_are_some(gm: fx.GraphModule) -> None:

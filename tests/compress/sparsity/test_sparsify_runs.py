@@ -122,8 +122,8 @@ def test_a_killed_run_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     first = next(epoch for epoch, size in enumerate(done["batch_sizes"]) if size > 16)  # epochs before it grows
     step = sum(192 // size for size in done["batch_sizes"][:first]) + 3
     code = f"""
-from dyncompress.cli.app import run
-from dyncompress.compress.sparsifier import Sparsifier
+from dyncompress.cli.main import run
+from dyncompress.compress.sparsity.sparsifier import Sparsifier
 def after_step(self, step, real=Sparsifier.after_step):
     if step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -20,8 +20,7 @@ from stream_models import INDEX, TOKENS, Tiny, captured, contents, empty, some, 
 from torch import Tensor, fx
 
 import dyncompress as dc
-from dyncompress.runtime.files import shards
-from dyncompress.runtime.sharded import journal as stream_folder
+from dyncompress.runtime.files import shards, tensor_file
 from dyncompress.runtime.sharded import shard_writer
 
 GB = 10**9
@@ -174,8 +173,9 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     whole = contents(shrink(gm, source, tmp_path / "whole"))
     worker = subprocess.run(
-        [sys.executable, __file__, str(source), str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
-    )
+        [sys.executable, __file__, str(source), str(tmp_path)], capture_output=True, text=True, timeout=120, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
     killed, events = json.loads(worker.stdout)
     assert len(killed) >= 8 and killed[-1] < events <= killed[-1] + STEP  # all that were to be killed were
     finished = set()
@@ -435,10 +435,10 @@ def test_damaged_results_are_not_loaded(gm: fx.GraphModule, source: Path, tmp_pa
 
 def test_the_graph_names_no_files_elsewhere(gm: fx.GraphModule, source: Path, tmp_path: Path) -> None:
     out = shrink(gm, source, tmp_path / "out")
-    document, constants = stream_folder.read_file(out / "graph.dyn")
+    document, constants = tensor_file.read_file(out / "graph.dyn")
     document["shards"] = {"../source/model-00001-of-00003.safetensors": "0"}
     (out / "graph.dyn").unlink()
-    stream_folder.write_file(out / "graph.dyn", document, constants)
+    tensor_file.write_file(out / "graph.dyn", document, constants)
     with pytest.raises(dc.RequestError, match="names no shards"):
         dc.load(out)
 
