@@ -37,11 +37,10 @@ from torch.utils.data import Subset
 
 import dyncompress as dc
 from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
-from dyncompress.compress.gates.gate_decisions import Progress
 from dyncompress.compress.gates.gate_losses import GateLoss
 from dyncompress.compress.gates.gate_training import Phase, train_gates
 from dyncompress.compress.training.losses import cross_entropy
-from dyncompress.compress.training.trainer import count_steps, fit
+from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo import build
 from dyncompress.passes.gates.read_gates import deciding
 from dyncompress.passes.graph.cost import count_macs
@@ -121,8 +120,7 @@ class Bench:
     def random(self, name: str) -> fx.GraphModule:
         first, run = self.first(), self.folder / name
         gm = dc.InsertGates()(first).gm
-        done = Progress(count_steps(self.train, EPOCHS, BATCH))
-        phase = Phase(Random(self.rates(name != "random")), GateLoss(done, DISTILL))
+        phase = Phase(Random(self.rates(name != "random")), GateLoss(DISTILL))
         options = {**self.options, "epochs": EPOCHS, "lr": GATE_LR, "optimizer": torch.optim.AdamW}
         options |= {"run_dir": run, "resume": run.exists()}
         train_gates(gm, phase, first, self.train, TRUNK_LR, options)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import dyncompress as dc
 from dyncompress.compress.sparsity.group_lasso import GroupLasso
+from dyncompress.runtime.predict.timing import wait_for
 
 KINDS = (("axes",), ("axes", "layers"), ("axes", "layers", "filters", "columns", "shapes"))
 ROUNDS = 6
@@ -60,8 +61,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
     clock = time.process_time if device == "cpu" else time.perf_counter
     began = clock()
     work()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    wait_for(torch.device(device))
     return clock() - began
 
 

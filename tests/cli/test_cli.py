@@ -29,7 +29,7 @@ from dyncompress.cli.runs import run_recipe as job
 from dyncompress.compress.options.steps import Convert, Export, Prune
 from dyncompress.compress.recipes import take_step as steps
 from dyncompress.compress.recipes.recipe import read_recipe
-from dyncompress.compress.training.run_store import RunStore
+from dyncompress.compress.training.store import Store
 from dyncompress.model_zoo.load_data import ArrayDataset, Splits
 from dyncompress.passes.capture.capture import capture
 from dyncompress.runtime.files import checkpoint
@@ -254,16 +254,16 @@ def test_prune_by_latency_in_steps(weights: Path, cli: Any, monkeypatch: pytest.
 def test_an_interrupted_pruning_resumes(weights: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     command = "prune NET DATA --params 0.6 --steps 2 --finetune 2 --batch-size 64"
     straight = cli(f"{command} --out straight --json").report
-    save, saved = RunStore.save, []
+    save, saved = Store.save, []
 
-    def stop(store: RunStore, state: dict[str, Any]) -> None:
+    def stop(store: Store, state: dict[str, Any]) -> None:
         save(store, state)
         saved.append(state)
         if len(saved) == 3:  # the second cut's first epoch
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunStore, "save", stop)
+        patch.setattr(Store, "save", stop)
         assert cli(f"{command} --out halted").status == 130
     resumed = cli(f"{command} --out halted --resume --json").report
     assert resumed["pruned"]["accuracy"] == straight["pruned"]["accuracy"]
@@ -435,14 +435,14 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
 ) -> None:
     command = "convert NET DATA --exits 1 --epochs 2 --macs 0.9 --json"
     whole = cli(f"{command} --out whole")
-    save = RunStore.save
+    save = Store.save
 
-    def save_and_stop(store: RunStore, state: dict[str, Any]) -> None:
+    def save_and_stop(store: Store, state: dict[str, Any]) -> None:
         save(store, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunStore, "save", save_and_stop)
+        patch.setattr(Store, "save", save_and_stop)
         assert cli(f"{command} --out halves").status == 130
     resumed = cli(f"{command} --out halves --resume")
     models = [checkpoint.load(outcome.report["model"]) for outcome in (whole, resumed)]

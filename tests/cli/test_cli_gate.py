@@ -21,7 +21,7 @@ from dyncompress.cli.runs import run_recipe as job
 from dyncompress.compress.evaluation.report_entries import measure
 from dyncompress.compress.options.steps import Gate
 from dyncompress.compress.recipes.recipe import read_recipe
-from dyncompress.compress.training.run_store import RunStore
+from dyncompress.compress.training.store import Store
 from dyncompress.passes.gates.remove_gates import without_gates
 
 pytestmark = pytest.mark.filterwarnings("ignore:the .* gates cost")  # the models are tiny
@@ -112,16 +112,16 @@ def test_an_interrupted_gate_ends_as_the_function_does(
     here: Path, trained: nn.Module, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("gate", *NET, "--kind", "skipnet", "--macs", "0.7", "--epochs", "3")
-    save, saved = RunStore.save, []
+    save, saved = Store.save, []
 
-    def stop(store: RunStore, state: dict[str, Any]) -> None:
+    def stop(store: Store, state: dict[str, Any]) -> None:
         save(store, state)
         saved.append(store.folder)
         if len(saved) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunStore, "save", stop)
+        patch.setattr(Store, "save", stop)
         assert "--out runs/gate-net-1 --resume" in told(capfd, *words, status=130)[1]
     assert saved[0] == saved[1] != saved[2]  # in the second phase
     report = reported(capfd, *words, "--resume")

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import fx
 
-from ...compress.synthesis import impression_store
+from ...compress.synthesis import impressions
 from ...runtime.predict.dynamic import graph_of
 from ...runtime.files import checkpoint
 from ...runtime.predict.dynamic import DynamicModel
@@ -63,9 +62,9 @@ def write(
         done = result.trunk.meta["info"]["convert"]
         report["risk"], report["exit_costs"] = done["risk"], done["latency"]
         _draw(folder, report, first, name, done["exits"])
-    for made in (folder / folders.STEPS).glob(f"*/{impression_store.FILE}"):
-        inputs, classes = zip(*impression_store.read_impressions(made)["batches"], strict=True)
-        plots.plot_impressions(folder / "impressions.png", torch.cat(inputs).numpy(), torch.cat(classes).numpy())
+    for path in (folder / folders.STEPS).glob(f"*/{impressions.FILE}"):
+        made = impressions.read_impressions(path)
+        plots.plot_impressions(folder / "impressions.png", made.inputs.numpy(), made.classes.numpy())
     with (folder / TABLE).open("w", encoding="utf-8") as file:
         show(report, Console(file=file, width=_TABLE_WIDTH), verbose=True)
     (folder / folders.REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -6,10 +6,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import Subset
 
+from ...runtime.predict.timing import device_of, wait_for
 from ..training.batches import LabelledData, call, in_order, size_of
 
 
@@ -58,8 +57,7 @@ def measure_latency(
 
 def _side_by_side(models: Mapping[str, Callable[..., Any]], batch: Any, repeats: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in models}
-    devices = [leaf.device for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-    device = next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
+    device = device_of(batch)
     for repeat in range(1 + repeats):
         for name, model in models.items():
             wait_for(device)
@@ -69,9 +67,3 @@ def _side_by_side(models: Mapping[str, Callable[..., Any]], batch: Any, repeats:
             if repeat:
                 times[name].append(1000 * (perf_counter() - start))
     return times
-
-
-def wait_for(device: torch.device) -> None:
-    """Lets the device finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

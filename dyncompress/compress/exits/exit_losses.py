@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import RequestError
+from ..training.hooks import ScheduledLoss
 from ..training.losses import IGNORED, UNLABELLED, softened_kl
 
 
-class ExitLoss(ABC):
-    """Every exit's logits, early first, and the labels -> a scalar; a schedule goes on where a run was interrupted."""
-
-    name: str
+class ExitLoss(ScheduledLoss, ABC):
+    """Every exit's logits, early first, and the labels -> a scalar."""
 
     def __call__(self, output: Sequence[Tensor], labels: Tensor) -> Tensor:
         """output: per exit (B, classes), labels (B,) int64; or (B, T, classes) and (B, T)."""
@@ -37,22 +36,6 @@ class ExitLoss(ABC):
     @abstractmethod
     def of_rows(self, logits: list[Tensor], labels: Tensor) -> Tensor:
         """The same for (N, classes) logits and (N,) labels."""
-
-    def schedule(self) -> dict[str, float]:
-        """What changes from call to call."""
-        return {}
-
-    def continue_from(self, schedule: dict[str, float]) -> None:  # noqa: B027 - nothing changes by default
-        """Takes up what `schedule` gave."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **self.schedule()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises RequestError for the state of another loss."""
-        if state.get("name") != self.name:
-            raise RequestError(f"the run was trained on {state.get('name')}, not on {self.name}: use another run_dir")
-        self.continue_from(state)
 
 
 def rows(output: Sequence[Tensor], labels: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -93,28 +76,20 @@ class Weighted(ExitLoss):
 class Ramped(ExitLoss):
     """Shallow-Deep Networks' joint training (section 4.2): exit weights that grow, so that the trunk learns first.
 
-    tau_k = min(top_k, start + top_k * share of the training done), the last weight 1. A call is one step of `steps`.
+    tau_k = min(top_k, start + top_k * share of the training done), the last weight 1.
     """
 
-    def __init__(self, tops: Sequence[float], steps: int, start: float = 0.01) -> None:
-        self.tops, self.steps, self.start, self.done = [float(t) for t in tops], steps, start, 0
+    def __init__(self, tops: Sequence[float], start: float = 0.01) -> None:
+        self.tops, self.start = [float(t) for t in tops], start
         self.name = f"cross-entropy ramped to {self.tops}"
 
     def weights(self) -> list[float]:
         """The weights of the next step."""
-        share = self.done / self.steps
-        return [*(min(top, self.start + top * share) for top in self.tops), 1.0]
+        return [*(min(top, self.start + top * self.fraction) for top in self.tops), 1.0]
 
     def of_rows(self, logits: list[Tensor], labels: Tensor) -> Tensor:
         each = zip(self.weights(), cross_entropies(logits, labels), strict=True)
-        self.done += 1
         return torch.stack([w * ce.mean() for w, ce in each]).sum()
-
-    def schedule(self) -> dict[str, float]:
-        return {"done": self.done}
-
-    def continue_from(self, schedule: dict[str, float]) -> None:
-        self.done = int(schedule["done"])
 
 
 class FrozenTeacher(ExitLoss):

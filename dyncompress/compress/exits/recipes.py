@@ -20,7 +20,7 @@ frozen is frozen in evaluation mode: batch norms and dropout too.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from ...passes.edit.outputs import all_logits, needed_for
 from ...passes.exits.read_exits import exit_modules
 from ...runtime.predict.dynamic import DynamicModel
 from ..training.batches import LabelledData
-from ..training.trainer import Epoch, Optimizer, count_steps, fit, fixed
+from ..training.trainer import Epoch, Optimizer, fit, fixed, in_phases
 from .exit_losses import ExitLoss, FrozenTeacher, Hints, Ramped, Teachers, Weighted
 from .meta_exits import train_meta
 from .self_distillation import SelfDistillation
@@ -47,10 +47,10 @@ _RAMP = (0.15, 0.9)  # where the weights of the first and of the last early exit
 class Phase:
     """One training run.
 
-    loss: made from the numbers of early exits and of steps. moves: what learns. taps: what it reads beside logits.
+    loss: made from the number of early exits. moves: what learns. taps: what it reads beside logits.
     """
 
-    loss: Callable[[int, int], ExitLoss]
+    loss: Callable[[int], ExitLoss]
     moves: Literal["all", "trunk", "heads", "answers", "ensembles"] = "all"
     balanced: bool = False
     taps: type[Tapped] | None = None
@@ -60,22 +60,22 @@ def _even(first: float, last: float, count: int) -> list[float]:
     return torch.linspace(first, last, count).tolist()
 
 
-def _sum(exits: int, steps: int) -> ExitLoss:
+def _sum(exits: int) -> ExitLoss:
     return Weighted([1.0] * (exits + 1))
 
 
-_ALONE = Phase(lambda exits, steps: Weighted([0.0] * exits + [1.0]), "trunk")
+_ALONE = Phase(lambda exits: Weighted([0.0] * exits + [1.0]), "trunk")
 
 RECIPES: dict[str, tuple[Phase, ...]] = {
-    "distill": (Phase(lambda exits, steps: SelfDistillation()),),
-    "distill-all": (Phase(lambda exits, steps: SelfDistillation(teacher="all")),),
+    "distill": (Phase(lambda exits: SelfDistillation()),),
+    "distill-all": (Phase(lambda exits: SelfDistillation(teacher="all")),),
     "sum": (Phase(_sum),),
-    "weighted": (Phase(lambda exits, steps: Weighted(_even(*_BRANCHY, exits + 1))),),
-    "ramped": (Phase(lambda exits, steps: Ramped(_even(*_RAMP, exits), steps)),),
-    "hints": (Phase(lambda exits, steps: Hints(), taps=Hinted),),
-    "teachers": (Phase(lambda exits, steps: Teachers(), taps=Taught),),
+    "weighted": (Phase(lambda exits: Weighted(_even(*_BRANCHY, exits + 1))),),
+    "ramped": (Phase(lambda exits: Ramped(_even(*_RAMP, exits))),),
+    "hints": (Phase(lambda exits: Hints(), taps=Hinted),),
+    "teachers": (Phase(lambda exits: Teachers(), taps=Taught),),
     "two-stage": (_ALONE, Phase(_sum, "heads")),
-    "frozen-teacher": (_ALONE, Phase(lambda exits, steps: FrozenTeacher(), "heads")),
+    "frozen-teacher": (_ALONE, Phase(lambda exits: FrozenTeacher(), "heads")),
     "balanced": (Phase(_sum, balanced=True),),
     "ztw": (Phase(_sum, "answers"), Phase(_sum, "ensembles")),
 }
@@ -120,17 +120,12 @@ def train_exits(
     if recipe == META:
         return train_meta(dynamic, train, lr=lr, batch_size=batch_size, epochs=epochs, run_dir=run_dir, **options)
     phases = [p for p in RECIPES[recipe] if trunk_lr > 0 or p.moves != "trunk"]
-    steps = count_steps(train, epochs, batch_size)
-    history: list[Epoch] = []
-    for number, phase in enumerate(phases, start=1):
-        folder = run_dir if run_dir is None or len(phases) == 1 else Path(run_dir) / f"phase-{number}"
-        loss = phase.loss(len(dynamic.exits), steps)
-        made = _train(
-            dynamic.trunk, phase, loss, train, lr, trunk_lr,
-            {"epochs": epochs, "batch_size": batch_size, "run_dir": folder, **options},
-        )  # fmt: skip
-        history += [replace(epoch, epoch=len(history) + epoch.epoch) for epoch in made]
-    return history
+
+    def trained(phase: Phase, folder: Path | None) -> list[Epoch]:
+        own = {"epochs": epochs, "batch_size": batch_size, "run_dir": folder, **options}
+        return _train(dynamic.trunk, phase, phase.loss(len(dynamic.exits)), train, lr, trunk_lr, own)
+
+    return in_phases([partial(trained, phase) for phase in phases], run_dir)
 
 
 def _train(

@@ -5,12 +5,12 @@ With exits 0..K, logits z_k, label y, temperature T and weight C, the loss of on
     sum_{k<=K} (1 - C) CE(y, softmax(z_k))  +  sum_{k<K} C T^2 CE(softmax(z_K / T), softmax(z_k / T))
 
 where the teacher z_K is detached. A sample without a label (y = -1) takes only the second sum. With every later exit
-as teacher, the second CE is its mean over the teachers k+1..K. T starts at 1 and grows by 5 % after every batch on
+as teacher, the second CE is its mean over the teachers k+1..K. T starts at 1 and grows by 5 % after every step on
 which the mean over samples of max softmax(z_K / T) exceeds 1/2; the loss grows with T^2, its gradients do not.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ _CONFIDENCE = 0.5
 
 class SelfDistillation(ExitLoss):
     """The loss as a callable: every exit's logits and the labels -> a scalar, averaged over the batch.
-
-    Calling it advances the temperature.
 
     Args:
         weight: C, the share of the distillation term, in 0..1.
@@ -45,12 +43,13 @@ class SelfDistillation(ExitLoss):
         self.weight = weight
         self.teacher = teacher
         self.temperature = 1.0
+        self._confidence = torch.zeros(())  # of the teacher on the last batch
 
     def of_rows(self, logits: list[Tensor], labels: Tensor) -> Tensor:
         """The last logits are the teacher's."""
         supervised = sum(cross_entropies(logits, labels))
         per_row = (1 - self.weight) * supervised + self.weight * self._distilled(logits)
-        self._warm_up(logits[-1])
+        self._confidence = self._confidence_of(logits[-1])
         return per_row.mean()
 
     def _distilled(self, logits: Sequence[Tensor]) -> Tensor:
@@ -64,16 +63,21 @@ class SelfDistillation(ExitLoss):
         return self.temperature**2 * total
 
     @torch.no_grad()
-    def _warm_up(self, teacher: Tensor) -> None:
+    def _confidence_of(self, teacher: Tensor) -> Tensor:
         confidence = F.softmax(teacher / self.temperature, dim=-1).amax(-1).mean()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(confidence)  # so that every process keeps the same temperature
             confidence = confidence / torch.distributed.get_world_size()
-        if confidence > _CONFIDENCE:
+        return confidence
+
+    def after_step(self, step: int) -> None:
+        super().after_step(step)
+        if self._confidence > _CONFIDENCE:
             self.temperature *= _GROWTH
 
-    def schedule(self) -> dict[str, float]:
-        return {"temperature": self.temperature}
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "temperature": self.temperature}
 
-    def continue_from(self, schedule: dict[str, float]) -> None:
-        self.temperature = float(schedule["temperature"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.temperature = float(state["temperature"])

@@ -9,7 +9,8 @@
 """
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ from ...runtime.predict.dynamic import DynamicModel
 from ..training.batches import HasSplits, LabelledData, device_of_model, divided, examples_of, to_device
 from ..training.losses import check_share
 from ..training.machine import training_device
-from ..training.trainer import Epoch, Optimizer, count_steps
-from .gate_decisions import Progress
+from ..training.trainer import Epoch, Optimizer, in_phases
 from .gate_losses import Costs
 from .gate_report import gate_report, meet_budget, open_rates
 from .gate_training import BLOCKDROP, GUMBEL, KINDS, SKIPNET, Goal, make_phase, phases_of, train_gates
@@ -104,17 +104,16 @@ def gate(
     device = torch.device(device) if device is not None else training_device()
     options: dict[str, Any] = {
         "batch_size": batch_size, "seed": seed, "mixed_precision": mixed_precision, "device": device,
-        "optimizer": optimizer, "resume": resume, "progress": progress,
+        "optimizer": optimizer, "resume": resume, "progress": progress, "lr": lr,
     }  # fmt: skip
     teacher = deep_copy(static).eval() if distill else None
-    history: list[Epoch] = []
-    phases = phases_of(kind, epochs, pretrain)
-    for number, (phase, count) in enumerate(phases, start=1):
-        folder = run_dir if run_dir is None or len(phases) == 1 else Path(run_dir) / f"phase-{number}"
-        work = make_phase(phase, Progress(count_steps(train, count, batch_size)), Goal(costs, macs, rate, distill))
-        options |= {"run_dir": folder, "epochs": count, "lr": lr}
-        made = train_gates(gm, work, teacher, train, trunk_lr, options)
-        history += [replace(epoch, epoch=len(history) + epoch.epoch) for epoch in made]
+    goal, phases = Goal(costs, macs, rate, distill), phases_of(kind, epochs, pretrain)
+
+    def trained(phase: str, count: int, folder: Path | None) -> list[Epoch]:
+        own = {**options, "run_dir": folder, "epochs": count}
+        return train_gates(gm, make_phase(phase, goal), teacher, train, trunk_lr, own)
+
+    history = in_phases([partial(trained, *phase) for phase in phases], run_dir)
     dynamic = DynamicModel(FoldBatchNorm(GATES_PATH.rstrip("."))(gm.eval()).gm).eval()  # a call less for every gate
     moved = 0.0 if macs is None else meet_budget(dynamic, calibration, macs * whole, device)
     dynamic, settled = _settled(dynamic, calibration, settle, device)

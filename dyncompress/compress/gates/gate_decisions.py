@@ -14,28 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..training.hooks import Progress
+
 _COLD = 0.3, 0.1  # tau of the last step, gumbel's and SkipNet's; it falls from 1 geometrically
 _MIXED = 0.8  # BlockDrop explores: p <- .8 p + .2 (1 - p)
 
 
-@dataclass
-class Progress:
-    """How far a training is: `done` of `steps`."""
+def gumbel_temperature(progress: Progress) -> float:
+    """tau of soft decisions."""
+    return _COLD[0] ** progress.fraction
 
-    steps: int
-    done: int = 0
 
-    @property
-    def share(self) -> float:
-        return min(1.0, self.done / self.steps)
-
-    @property
-    def gumbel_temperature(self) -> float:
-        return _COLD[0] ** self.share
-
-    @property
-    def sampling_temperature(self) -> float:
-        return _COLD[1] ** self.share
+def sampling_temperature(progress: Progress) -> float:
+    """tau of SkipNet's drawn decisions."""
+    return _COLD[1] ** progress.fraction
 
 
 class Gumbel(nn.Module):
@@ -48,7 +40,7 @@ class Gumbel(nn.Module):
     def forward(self, logit: Tensor, k: int) -> Tensor:
         uniform = torch.rand_like(logit, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
         noisy = logit + torch.logit(uniform)
-        soft = torch.sigmoid(noisy / self.progress.gumbel_temperature)
+        soft = torch.sigmoid(noisy / gumbel_temperature(self.progress))
         return _decided(noisy, soft)
 
 
@@ -74,7 +66,7 @@ class Curriculum:
     @property
     def forced(self) -> int:
         """How many of the first gates stay open."""
-        return max(0, self.gates - 1 - int(self.gates * self.progress.share / 0.75))
+        return max(0, self.gates - 1 - int(self.gates * self.progress.fraction / 0.75))
 
 
 class Sampled(nn.Module):
@@ -92,7 +84,7 @@ class Sampled(nn.Module):
             return torch.ones_like(logit)
         if self.greedy:
             return (logit > 0).to(logit.dtype)
-        temperature = 1.0 if self.cooled is None else self.cooled.sampling_temperature
+        temperature = 1.0 if self.cooled is None else sampling_temperature(self.cooled)
         return torch.bernoulli(probabilities(logit.detach() / temperature, self.cooled is None)).to(logit.dtype)
 
 

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..exits.exit_losses import ExitLoss, cross_entropies
+from ..exits.exit_losses import cross_entropies
+from ..training.hooks import ScheduledLoss
 from ..training.losses import logits_of, softened_kl
-from .gate_decisions import Progress, log_likelihood
+from .gate_decisions import log_likelihood, sampling_temperature
 
 _PENALTY = 10.0  # w
 _RATE_PENALTY = 2.0
@@ -52,11 +53,11 @@ class Costs:
         return self.fixed + factors.float() @ self.branches.to(factors.device)
 
 
-class GateLoss(ExitLoss):
-    """Base: the task's loss, and how far the training is."""
+class GateLoss(ScheduledLoss):
+    """Base: the task's loss."""
 
-    def __init__(self, progress: Progress, distill: float) -> None:
-        self.progress, self.distill = progress, distill
+    def __init__(self, distill: float) -> None:
+        self.distill = distill
         self.name = f"{type(self).__name__} distilled {distill:g}"
 
     def __call__(self, output: Any, labels: Tensor) -> Tensor:
@@ -65,12 +66,7 @@ class GateLoss(ExitLoss):
         run = GateRun(*fields)
         if taught is not None:
             run = run._replace(teacher=logits_of(taught))
-        loss = self.of_run(run, self.per_sample(run, labels), labels)
-        self.progress.done += 1
-        return loss
-
-    def of_rows(self, logits: list[Tensor], labels: Tensor) -> Tensor:
-        raise NotImplementedError("gates are trained on runs")
+        return self.of_run(run, self.per_sample(run, labels), labels)
 
     def of_run(self, run: GateRun, task: Tensor, labels: Tensor) -> Tensor:
         """`task` is the task's loss of every sample, (N,)."""
@@ -82,18 +78,12 @@ class GateLoss(ExitLoss):
             return supervised
         return (1 - self.distill) * supervised + self.distill * softened_kl(run.teacher, run.logits, 1.0)
 
-    def schedule(self) -> dict[str, float]:
-        return {"done": self.progress.done}
-
-    def continue_from(self, schedule: dict[str, float]) -> None:
-        self.progress.done = int(schedule["done"])
-
 
 class Rates(GateLoss):
     """ConvNet-AIG: every gate is open for a share `rate` of the samples."""
 
-    def __init__(self, progress: Progress, distill: float, rate: float) -> None:
-        super().__init__(progress, distill)
+    def __init__(self, distill: float, rate: float) -> None:
+        super().__init__(distill)
         self.rate = rate
 
     def of_run(self, run: GateRun, task: Tensor, labels: Tensor) -> Tensor:
@@ -103,14 +93,14 @@ class Rates(GateLoss):
 class Budget(GateLoss):
     """All gates together cost a share `macs` of the static model."""
 
-    def __init__(self, progress: Progress, distill: float, costs: Costs, macs: float, begin: float = 1.0) -> None:
-        super().__init__(progress, distill)
-        self.costs, self.macs, self.begin = costs, macs, begin
+    def __init__(self, distill: float, costs: Costs, macs: float, start: float = 1.0) -> None:
+        super().__init__(distill)
+        self.costs, self.macs, self.start = costs, macs, start
 
     @property
     def target(self) -> float:
-        """t: it falls from `begin` to the target."""
-        return self.begin - (self.begin - self.macs) * min(1.0, self.progress.share / _ANNEALED)
+        """t: it falls from `start` to the target."""
+        return self.start - (self.start - self.macs) * min(1.0, self.fraction / _ANNEALED)
 
     def price(self, used: Tensor) -> Tensor:
         return 2 * _PENALTY * (used.mean() - self.target).clamp_min(0).detach()
@@ -125,7 +115,7 @@ class Hybrid(Budget):
     def of_run(self, run: GateRun, task: Tensor, labels: Tensor) -> Tensor:
         drawn = run.factors.detach()
         returns = self.returns(task.detach(), drawn, self.price(self.costs.used(drawn)))
-        odds = run.odds / self.progress.sampling_temperature
+        odds = run.odds / sampling_temperature(self)
         return task.mean() + _HYBRID * reinforce(odds, drawn, without_others(returns), mixed=False)
 
     def returns(self, task: Tensor, drawn: Tensor, price: Tensor) -> Tensor:
@@ -138,8 +128,8 @@ class Hybrid(Budget):
 class Drops(Budget):
     """BlockDrop (sections 3.2, 3.3): rewards for cheap right answers; `joint`: the model learns too."""
 
-    def __init__(self, progress: Progress, distill: float, costs: Costs, macs: float, joint: bool) -> None:
-        super().__init__(progress, distill, costs, macs)
+    def __init__(self, distill: float, costs: Costs, macs: float, joint: bool) -> None:
+        super().__init__(distill, costs, macs)
         self.joint = joint
 
     def of_run(self, run: GateRun, task: Tensor, labels: Tensor) -> Tensor:

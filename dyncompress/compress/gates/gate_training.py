@@ -15,7 +15,7 @@ from ...passes.gates.insert_gates import GATES_PATH
 from ...passes.gates.read_gates import deciding
 from ..training.batches import LabelledData
 from ..training.trainer import Epoch, fit, fixed
-from .gate_decisions import Curriculum, Gumbel, Progress, Sampled, StraightThrough
+from .gate_decisions import Curriculum, Gumbel, Sampled, StraightThrough
 from .gate_losses import Budget, Costs, Drops, GateLoss, GateRun, Hybrid, Rates
 
 GUMBEL, SKIPNET, BLOCKDROP = KINDS = ("gumbel", "skipnet", "blockdrop")
@@ -53,23 +53,23 @@ def phases_of(kind: str, epochs: int, pretrain: bool) -> list[tuple[str, int]]:
     return [(first, count), (second, epochs - count)]
 
 
-def make_phase(name: str, done: Progress, goal: Goal) -> Phase:
-    """The phase of this name."""
+def make_phase(name: str, goal: Goal) -> Phase:
+    """The phase of this name; gates that change on the way follow the progress of its loss."""
     if goal.macs is None:
         assert goal.rate is not None
-        return Phase(Gumbel(done), Rates(done, goal.distill, goal.rate))
-    budget = (done, goal.distill, goal.costs, goal.macs)
-    if name == GUMBEL:
-        return Phase(Gumbel(done), Budget(*budget))
-    if name == _SUPERVISED:
-        return Phase(StraightThrough(), Budget(*budget))
+        rates = Rates(goal.distill, goal.rate)
+        return Phase(Gumbel(rates), rates)
+    budget = (goal.distill, goal.costs, goal.macs)
+    if name in (GUMBEL, _SUPERVISED):
+        loss = Budget(*budget)
+        return Phase(Gumbel(loss) if name == GUMBEL else StraightThrough(), loss)
     if name in (_HYBRID, _DRAWN):
-        begin = goal.macs if name == _HYBRID else 1.0
-        return Phase(Sampled(cooled=done), Hybrid(*budget, begin))
-    if name == _CURRICULUM:
-        gates = len(goal.costs.branches)
-        return Phase(Sampled(curriculum=Curriculum(done, gates)), Drops(*budget, joint=False), moves_model=False)
-    return Phase(Sampled(), Drops(*budget, joint=True))
+        hybrid = Hybrid(*budget, goal.macs if name == _HYBRID else 1.0)
+        return Phase(Sampled(cooled=hybrid), hybrid)
+    drops = Drops(*budget, joint=name == _JOINT)
+    if name == _JOINT:
+        return Phase(Sampled(), drops)
+    return Phase(Sampled(curriculum=Curriculum(drops, len(goal.costs.branches))), drops, moves_model=False)
 
 
 def train_gates(

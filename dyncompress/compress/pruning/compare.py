@@ -19,7 +19,7 @@ from ..training.losses import cross_entropy
 from ..training.recalibrate import recalibrate_batchnorm
 from ..training.trainer import fit
 from .prune import RECALIBRATION_BATCHES, prune
-from .unstructured import SparseLinear, as_sparse, hold_zeros, prune_weights, weights_of
+from .unstructured import HoldZeros, SparseLinear, as_sparse, prune_weights, weights_of
 
 UNSTRUCTURED = "unstructured"
 _INPUTS, _REPEATS = {1: 2}, 50  # by batch size: different batches that are timed; and how often each is
@@ -97,8 +97,8 @@ def compare(
 def _train(small: fx.GraphModule, data: LabelledData, method: str, seed: int, training: dict[str, Any]) -> None:
     recalibrate_batchnorm(small, data, batches=RECALIBRATION_BATCHES, seed=seed)
     if training["epochs"]:
-        held = hold_zeros(small) if method == UNSTRUCTURED else None
-        fit(small, cross_entropy, data, after_step=held, seed=seed, **training)
+        hooks = [HoldZeros(small)] if method == UNSTRUCTURED else []
+        fit(small, cross_entropy, data, hooks=hooks, seed=seed, **training)
 
 
 def _jobs(shares: Sequence[float]) -> dict[str, tuple[str, float]]:

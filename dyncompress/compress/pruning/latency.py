@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ...errors import DynCompressError, RequestError
 from ...passes.axes.axes import Axes
 from ...passes.shrink.shrink import shrink_axes
+from ...runtime.predict.timing import device_of, wait_for
 from ..training.batches import device_of_model, placed
 from .cost_left import Ghost
 from .ranking import Keep
@@ -187,11 +188,11 @@ class _Timer(fx.Interpreter):
 
 def _timed(function: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[Any, float]:
     """What a call returns, and the milliseconds that it takes."""
-    _wait((args, kwargs))
-    clock = _clock()
+    device, clock = device_of((args, kwargs)), _clock()
+    wait_for(device)
     begin = clock()
     result = function(*args, **kwargs)
-    _wait((args, kwargs))
+    wait_for(device)
     return result, 1000 * (clock() - begin)
 
 
@@ -246,13 +247,6 @@ def _input(spec: Mapping[str, Any], batch: int, device: torch.device) -> Any:
 
 def _runs(seconds: float) -> int:
     return max(_LEAST_RUNS, min(_RUNS, math.ceil(_SECONDS / max(seconds, 1e-9))))
-
-
-def _wait(args: Any) -> None:
-    """Lets the device finish what it was given."""
-    device = next((a.device for a in pytree.tree_leaves(args) if isinstance(a, Tensor)), None)
-    if device is not None and device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _device_name(device: torch.device) -> str:

@@ -23,9 +23,9 @@ from ..importance.scores import COMPARABLE, Context, Scores, check_importance, s
 from ..training.batches import LabelledData
 from ..training.losses import Distilled, cross_entropy
 from ..training.recalibrate import recalibrate_batchnorm
+from ..training.store import Store
 from ..training.trainer import fit
 from .cost_left import measure, one_target
-from .cut_store import Cut, CutStore
 from .kept_indices import Kept
 from .latency import Latency
 from .latency_choice import choose_by_latency
@@ -33,6 +33,8 @@ from .ranking import Keep, Limits, check_scope, default_scope
 from .removal_search import choose
 
 RECALIBRATION_BATCHES = 32
+
+_CUTS = "cuts.pt"
 
 __all__ = ["Limits", "choose", "prune"]
 
@@ -114,7 +116,7 @@ def prune(
     training |= {"device": device, "loss_fn": loss_fn, "teacher": gm if distill else None}
     request = {metric: target, "importance": importance, "scope": scope, "steps": steps, "finetune": finetune}
     request |= {**asdict(limits), "ignore": list(ignore), "exact": exact, "seed": seed, "distill": distill}
-    store = CutStore(Path(run_dir) if run_dir is not None else None, request, resume)
+    store = Store(run_dir, _CUTS, request, resume=resume, holds=("cuts",))
     return _in_steps(job, gm, _schedule(target, steps), finetune, training, store)
 
 
@@ -144,18 +146,19 @@ def _schedule(target: float, steps: int) -> list[float]:
 
 
 def _in_steps(
-    job: "_Job", gm: fx.GraphModule, goals: Sequence[float], finetune: int, training: dict[str, Any], store: CutStore
+    job: "_Job", gm: fx.GraphModule, goals: Sequence[float], finetune: int, training: dict[str, Any], store: Store
 ) -> fx.GraphModule:
-    """Cuts and trains once per goal, a share of what the first model has."""
+    """Cuts and trains once per goal, a share of what the first model has; cuts that were made are made again."""
     axes = infer_axes(gm)
     whole, kept, done = {axis.name: axis.size for axis in axes}, Kept(axes), list[dict[str, float]]()
     data, left = job.context.data, 1.0
+    cuts = [Cut(**cut) for cut in store.saved["cuts"]] if store.saved is not None else []
     for number, goal in enumerate(goals, 1):
         axes = axes if number == 1 else infer_axes(gm)
-        cut = store.read(number)
-        if cut is None:
-            cut = job.choose(axes, min(1.0, goal / left), whole)
-            store.write(number, cut)
+        if number > len(cuts):
+            cuts.append(job.choose(axes, min(1.0, goal / left), whole))
+            store.save({"cuts": [asdict(made) for made in cuts]})
+        cut = cuts[number - 1]
         keep = as_keep(axes, cut.keep)
         kept.cut(plan_axes(axes, keep))
         gm = shrink_axes(axes, keep, exact=job.exact)
@@ -164,7 +167,8 @@ def _in_steps(
         if data is not None and (finetune or len(goals) > 1):
             recalibrate_batchnorm(gm, data, batches=RECALIBRATION_BATCHES, seed=job.context.seed)
         if data is not None and finetune:
-            _train(gm, data, finetune, job.context, training, store.folder(number))
+            folder = None if store.folder is None else store.folder / f"cut-{number}"
+            _train(gm, data, finetune, job.context, training, folder)
     report = {"metric": job.metric, "importance": job.importance, "steps": done, "kept": kept.table()}
     gm.meta["info"] = {**gm.meta.get("info", {}), "prune": report}
     return gm
@@ -176,6 +180,15 @@ def _train(
     resume = folder is not None
     own: dict[str, Any] = {"seed": context.seed, "progress": context.progress, "run_dir": folder, "resume": resume}
     fit(gm, dataset=data, epochs=epochs, **own, **training)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Kept indices by axis name, the share of the target that they leave, and what else there is to tell."""
+
+    keep: dict[str, list[int]]
+    left: float
+    note: dict[str, float]
 
 
 @dataclass(frozen=True)

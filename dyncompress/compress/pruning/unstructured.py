@@ -16,6 +16,7 @@ from ...errors import RequestError
 from ...passes.graph.copying import deep_copy
 from ...passes.graph.cost import node_macs
 from ...passes.modules.ragged_recurrent import RaggedRecurrent
+from ..training.hooks import Hook, TrainingRun
 
 aten = torch.ops.aten
 
@@ -50,7 +51,7 @@ def _multiplies(weight: fx.Node) -> Callable[[fx.Node], bool]:
 def prune_weights(gm: fx.GraphModule, sparsity: float, *, scope: str = "global") -> fx.GraphModule:
     """A copy of `gm` in which exactly round(sparsity * n) of the n weights are zero, the smallest in magnitude.
 
-    To train what is left, hand `hold_zeros(result)` to `fit` as its `after_step`. What was done is in
+    To train what is left, give `fit` the hook `HoldZeros(result)`. What was done is in
     `result.meta["info"]["prune_weights"]`: the share of zeros of every weight.
 
     Args:
@@ -89,17 +90,19 @@ def _zero_smallest(weights: list[nn.Parameter], sparsity: float) -> None:
         weight[zero.view_as(weight)] = 0
 
 
-def hold_zeros(gm: fx.GraphModule) -> Callable[[int], None]:
-    """An `after_step` for `fit` that keeps every weight of `gm` zero which is zero now."""
-    held = [(weight, weight == 0) for weight in weights_of(gm).values()]
+class HoldZeros(Hook):
+    """Keeps every weight of `gm` zero which is zero when its training begins."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._weights = list(weights_of(gm).values())
+
+    def begin(self, run: TrainingRun) -> None:
+        self._zeros = [weight == 0 for weight in self._weights]
 
     @torch.no_grad()
-    def hold(step: int) -> None:
-        for index, (weight, zero) in enumerate(held):
-            held[index] = weight, zero.to(weight.device)  # the model is on its training device by now
-            weight.masked_fill_(held[index][1], 0)
-
-    return hold
+    def after_step(self, step: int) -> None:
+        for weight, zero in zip(self._weights, self._zeros, strict=True):
+            weight.masked_fill_(zero, 0)
 
 
 # --- sparse kernels --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ..gates.gate import gate
 from ..importance.scores import NEED_DATA
 from ..options.steps import Convert, Export, Gate, LowRank, Making, Prune, Retrain, Sparsify, Step, Unstructured
 from ..pruning.prune import RECALIBRATION_BATCHES, prune
-from ..pruning.unstructured import hold_zeros, prune_weights
+from ..pruning.unstructured import HoldZeros, prune_weights
 from ..sparsity.retrain import retrain
 from ..sparsity.sparsify import sparsify
 from ..synthesis.data_free import check_without_data
@@ -131,7 +131,7 @@ def _baseline(
         recalibrate_batchnorm(small, data.train, batches=RECALIBRATION_BATCHES, seed=seed)
     if step.finetune:
         assert data is not None
-        held = hold_zeros(small) if isinstance(step, Unstructured) else None
+        hooks = [HoldZeros(small)] if isinstance(step, Unstructured) else []
         training: dict[str, Any] = {"epochs": step.finetune, "lr": step.lr, "batch_size": step.batch_size, "seed": seed}
-        fit(small, cross_entropy, data.train, after_step=held, **training, **run)
+        fit(small, cross_entropy, data.train, hooks=hooks, **training, **run)
     return small

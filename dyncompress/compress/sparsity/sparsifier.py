@@ -6,7 +6,7 @@ step that makes a group zero is followed by a check. Branches are judged by what
 Without a target, the strongest indices of every axis, its floor, are spared.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..pruning.kept_indices import Kept
 from ..pruning.ranking import Keep, Limits, Ranking, default_scope
 from ..pruning.removal_search import saved_by, search
 from ..training.batches import LabelledData
+from ..training.hooks import Hook, TrainingRun
 from ..training.schedule import Timetable
 from ..training.surgery import Surgery, operate
 from ..training.trainer import LossFunction
@@ -75,8 +76,8 @@ class Request:
             raise RequestError(f"ema is the decay of an average, between 0 and 1; got {self.ema}")
 
 
-class Sparsifier:
-    """The trainer's surgeon, and the loss that it watches. `model` is the model as it is now, `strength` its lambda.
+class Sparsifier(Hook):
+    """The hook, and the loss that it watches. `model` is the model as it is now, `strength` its lambda.
 
     Raises:
         RequestError: no groups of these kinds, a target out of reach, a norm that cannot keep its count.
@@ -85,12 +86,7 @@ class Sparsifier:
     def __init__(self, gm: fx.GraphModule, request: Request, loss_fn: LossFunction, data: LabelledData) -> None:
         self.asked, self._loss_fn = request, loss_fn
         self._samples = Context(data=data, samples=_BRANCH_SAMPLES)
-        self.request: Mapping[str, Any] = asdict(request) | {
-            "kinds": list(request.kinds),
-            "limits": str(request.limits),
-        }
-        self.progress: Mapping[str, str] = {}
-        self.grow_batch = request.grow_batch
+        self._shown: Mapping[str, str] = {}
         self.strength = request.strength or 0.0
         self.learned: float | None = None  # the share that was left before the weakest were cut; None: nothing was cut
         self.surgeries: list[dict[str, Any]] = []
@@ -112,6 +108,13 @@ class Sparsifier:
 
     # --- what the trainer calls ---------------------------------------------------------------------------------------
 
+    def settings(self) -> Mapping[str, object]:
+        return asdict(self.asked) | {"kinds": list(self.asked.kinds), "limits": str(self.asked.limits)}
+
+    def postfix(self) -> Mapping[str, str]:
+        """The groups that are not zero, and the share that they leave."""
+        return self._shown
+
     def reschedule(self, timetable: Timetable) -> None:
         """Before `begin`, and when the batch has grown."""
         self._steps = timetable.steps_after(self.asked.epochs)
@@ -119,8 +122,8 @@ class Sparsifier:
         self._lrs, self._every = timetable.lrs[: self._steps], max(1, self._steps // _CHECKS)
         self._decay = (self.asked.ema or 0.0) ** timetable.growth  # an average over as many samples as before
 
-    def begin(self) -> None:
-        """Before the first step, or before a saved run is taken up; the model is now on its device."""
+    def begin(self, run: TrainingRun) -> None:
+        """The first check, on the device."""
         self._take(self.model)
         self.average = {n: p.detach().clone() for n, p in self.model.named_parameters() if self.asked.ema is not None}
         self._check(0)
@@ -140,7 +143,7 @@ class Sparsifier:
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.average.values()), [now[n] for n in self.average], 1 - self._decay)
 
-    def operate(self, epoch: int) -> Surgery | None:
+    def after_epoch(self, epoch: int) -> Surgery | None:
         """Takes out what is zero, if it is time; what is still too much after the last sparsifying epoch is cut."""
         last, zero = epoch == self.asked.epochs, ~self.lasso.live
         due = last or self._reached or epoch % self.asked.shrink_every == 0
@@ -157,9 +160,15 @@ class Sparsifier:
         live = {"live": int((~zero).sum()), "groups": len(zero)}
         left = self._left(zero)
         note = {"epoch": epoch, **live, "left": left, "strength": self.strength, "difference": surgery.difference}
-        self.surgeries.append(note | {"keep": keep})
-        self._follow(surgery)
+        self.surgeries.append(note)
         return surgery
+
+    def adopt(self, surgery: Surgery) -> None:
+        """Goes on with what is left of the groups, of their average and of the record of what is kept."""
+        self.kept.cut(surgery.plan)
+        if self.asked.ema is not None:
+            self.average = surgery.plan(self.average)
+        self._take(surgery.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights."""
@@ -174,12 +183,7 @@ class Sparsifier:
             "average": self.average,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> Iterator[Surgery]:
-        """Makes the surgeries of a saved run again."""
-        for note in state["surgeries"]:
-            surgery = operate(self.model, note["keep"], check=False)
-            self._follow(surgery)
-            yield surgery
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.surgeries, self.strength, self.learned = state["surgeries"], state["strength"], state["learned"]
         self._reached, self._near = state["reached"], state["near"]
         device = self.lasso.sizes.device
@@ -193,7 +197,6 @@ class Sparsifier:
         for name, average in self.average.items():
             parameter = self.model.get_parameter(name)
             parameter.copy_(average.to(parameter.device).masked_fill(parameter == 0, 0))
-        steps = [{key: value for key, value in note.items() if key != "keep"} for note in self.surgeries]
         report: dict[str, Any] = {
             "metric": self.asked.metric,
             "target": self.asked.target,
@@ -201,7 +204,7 @@ class Sparsifier:
             "batch_sizes": list(batch_sizes),
         }
         learned = self.learned if self.learned is not None else self._share
-        report |= {"learned": learned, "left": self._share, "surgeries": steps, "kept": self.kept.table()}
+        report |= {"learned": learned, "left": self._share, "surgeries": self.surgeries, "kept": self.kept.table()}
         self.model.meta["info"] = {**self.model.meta.get("info", {}), "sparsify": report}
         return self.model
 
@@ -216,12 +219,6 @@ class Sparsifier:
         self._measured = _remembered(measure(self._axes, self.asked.metric, candidates))
         pull = self._floors() if self.asked.target is None else torch.zeros_like(self.lasso.sizes)
         self._hold(~self.lasso.live, pull)
-
-    def _follow(self, surgery: Surgery) -> None:
-        self.kept.cut(surgery.plan)
-        if self.asked.ema is not None:
-            self.average = surgery.plan(self.average)
-        self._take(surgery.model)
 
     def _hold(self, zero: Tensor, pull: Tensor) -> None:
         self._zero, self._pull = zero, pull
@@ -244,7 +241,7 @@ class Sparsifier:
     def _check(self, step: int) -> None:
         target, zero = self.asked.target, ~self.lasso.live
         left = self._left(zero)
-        self.progress = {"live": f"{int((~zero).sum())}/{len(self.lasso)}", self.asked.metric: f"{left:.3f}"}
+        self._shown = {"live": f"{int((~zero).sum())}/{len(self.lasso)}", self.asked.metric: f"{left:.3f}"}
         self._hold(zero, self._floors() if target is None else self._pull)
         if target is None:
             return

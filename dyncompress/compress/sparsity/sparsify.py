@@ -16,6 +16,7 @@ from ...passes.capture.capture import capture
 from ...passes.graph.copying import deep_copy
 from ..pruning.cost_left import one_target
 from ..pruning.ranking import Limits
+from ..training.batch_growth import GrowBatch
 from ..training.batches import LabelledData, device_of_model, examples_of
 from ..training.losses import Distilled, cross_entropy
 from ..training.recalibrate import recalibrate_batchnorm
@@ -106,8 +107,9 @@ def sparsify(
     work = Sparsifier(gm, request, loss_fn, data)
     options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "optimizer": optimizer}
     options |= {"mixed_precision": mixed_precision, "device": device, "run_dir": run_dir, "resume": resume}
+    hooks = [work, GrowBatch()] if grow_batch else [work]
     history = fit(
-        gm, work.loss, data, epochs=epochs + finetune, surgeon=work, teacher=teacher, progress=progress, **options
+        gm, work.loss, data, epochs=epochs + finetune, hooks=hooks, teacher=teacher, progress=progress, **options
     )
     small = work.finish([epoch.batch_size for epoch in history]).to(device_of_model(gm))
     if ema is not None or (work.learned is not None and not finetune):  # their statistics are not these weights'

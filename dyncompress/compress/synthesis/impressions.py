@@ -15,7 +15,9 @@ A batch depends on its number and the seed alone, so that an interrupted run res
 import math
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +32,12 @@ from ...passes.graph.copying import deep_copy
 from ...passes.graph.inputs import Inputs
 from ..training.batches import call
 from ..training.losses import logits_of
-from .impression_store import ImpressionStore
+from ..training.store import Store, read_state
 from .norm_statistics import mismatches
 
+FILE = "impressions.pt"
+
+_HELD = ("batches",)
 _IMAGE_BATCH_DIMS = 4  # (batch, channels, height, width)
 _START = 0.3  # the deviation of the noise
 _HISTORY = 10  # of L-BFGS, twice as many copies of a batch
@@ -88,8 +93,9 @@ def make_impressions(
     how = how or Synthesis()
     shape = check_inputs(example_inputs)
     subject = _Subject(model, example_inputs, torch.device(device), mixed_precision)
-    store = ImpressionStore(run_dir, {**asdict(how), "seed": seed, "shape": list(shape)}, resume)
-    made = store.saved
+    settings = {**asdict(how), "seed": seed, "shape": list(shape)}
+    store = Store(run_dir, FILE, settings, resume=resume, holds=_HELD)
+    made: list[tuple[Tensor, Tensor]] = list(store.saved["batches"]) if store.saved is not None else []
     classes = subject.classes(shape)
     batches = math.ceil(how.count / how.batch_size)
     bar = tqdm(
@@ -101,8 +107,17 @@ def make_impressions(
             wanted = (torch.arange(how.batch_size) + len(made) * how.batch_size) % classes
             noise = _START * torch.randn(how.batch_size, *shape, generator=_random(seed, len(made) + 1))
             made.append((_answering(subject, noise, wanted, how, bar), wanted))
-            store.save(made)
-    return Impressions(*(torch.cat(column)[: how.count] for column in zip(*made, strict=True)))
+            store.save({"batches": made})
+    return Impressions(*(x[: how.count] for x in _joined(made)))
+
+
+def read_impressions(path: Path) -> Impressions:
+    """All that a run has made and saved. Raises RequestError for a damaged file."""
+    return Impressions(*_joined(read_state(path, _HELD)["batches"]))
+
+
+def _joined(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    return (torch.cat(column) for column in zip(*batches, strict=True))
 
 
 def _answering(subject: "_Subject", start: Tensor, classes: Tensor, how: Synthesis, bar: "tqdm[Any]") -> Tensor:

@@ -19,8 +19,9 @@ from ...passes.graph.inputs import split_inputs
 from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.predict.pieces import Pieces
 from ...runtime.predict.policy import ExitPolicy
+from ...runtime.predict.timing import wait_for
 from ..evaluation.evaluate import ready
-from ..evaluation.wall_clock import latency_inputs, wait_for
+from ..evaluation.wall_clock import latency_inputs
 from ..training.batches import LabelledData
 
 Cost = Literal["macs", "latency"]

@@ -5,6 +5,7 @@ sizes. For a model that had m_0 and now has m, a batch of b instead of b_0 needs
 """
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,43 @@ from torch.utils import _pytree as pytree
 
 from ...passes.graph.inputs import split_inputs
 from .batches import LabelledData, device_of_model, examples_of, to_device
+from .hooks import Hook, TrainingRun
+from .surgery import Surgery
 
 _SAMPLES = (2, 4)  # a batch norm cannot train on one
 _GRAIN = 4  # batches grow by quarters of the first
+
+
+class GrowBatch(Hook):
+    """After a surgery, the largest batch that keeps no more than the first did in the whole model; the learning rates
+    grow with it. It comes after the hook that operates."""
+
+    def begin(self, run: TrainingRun) -> None:
+        self._run, self._whole, self._operated = run, _bytes_in_all(run), False
+
+    def adopt(self, surgery: Surgery) -> None:
+        self._operated = True
+
+    def after_epoch(self, epoch: int) -> None:
+        if not self._operated:
+            return
+        self._operated, now = False, self._run.timetable
+        most = now.samples // now.processes
+        size = largest_batch(now.batch_sizes[0], self._whole, _bytes_in_all(self._run), most)
+        self._run.reschedule(now.with_batches(epoch, size))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batch_sizes": list(self._run.timetable.batch_sizes)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._operated = False  # the batch has grown by what was taken out
+        self._run.reschedule(replace(self._run.timetable, batch_sizes=tuple(state["batch_sizes"])))
+
+
+def _bytes_in_all(run: TrainingRun) -> int:
+    """`bytes_per_sample` of the model as it is, the sum over all processes."""
+    own = bytes_per_sample(run.model, run.dataset, run.accelerator.autocast())
+    return int(run.accelerator.reduce(torch.tensor(own, device=run.accelerator.device), "sum"))
 
 
 def bytes_per_sample(model: nn.Module, data: LabelledData, autocast: AbstractContextManager[Any]) -> int:

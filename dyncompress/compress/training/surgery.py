@@ -4,9 +4,8 @@ What is taken out is zeroed first, and norms keep their old counts (`shrink(exac
 equals the large one with zeros; that is checked every time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,47 +15,19 @@ from ...passes.axes.axes import as_keep, infer_axes
 from ...passes.shrink.plan import Plan, masked_copy, plan_axes
 from ...passes.shrink.shrink import shrink_axes
 from ...passes.shrink.verify import verify
-from .schedule import Timetable
 
 KeepByName = Mapping[str, list[int]]
 
 
 @dataclass(frozen=True)
 class Surgery:
-    """A smaller model, the plan that made it, and by how much its outputs differ from the zeroed model's (relative)."""
+    """A smaller model, what it keeps, the plan that made it, and by how much its outputs differ from the zeroed model's
+    (relative)."""
 
     model: fx.GraphModule
+    keep: KeepByName
     plan: Plan
     difference: float
-
-
-class Surgeon(Protocol):
-    """Acts after every step, and may replace the model by a smaller one after an epoch; saved and resumed with the run.
-
-    request: what must be the same for a run to continue. progress: what the progress bar shows beside the loss.
-    grow_batch: whether larger batches, and learning rates, take the memory that a smaller model frees.
-    """
-
-    request: Mapping[str, Any]
-    progress: Mapping[str, str]
-    grow_batch: bool
-
-    def reschedule(self, timetable: Timetable) -> None:
-        """What the steps are: before anything else, and again whenever those to come have changed."""
-
-    def begin(self) -> None:
-        """Before anything is trained or taken up, the model now on its device."""
-
-    def after_step(self, step: int) -> None:
-        """After the optimiser's step of this number, from 0."""
-
-    def operate(self, epoch: int) -> Surgery | None:
-        """After the epoch of this number, from 1; the model to go on with, if it changes."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Iterator[Surgery]:
-        """Takes up a saved run: makes its surgeries again, whatever the weights, on the model that it began with."""
 
 
 def operate(gm: fx.GraphModule, keep: KeepByName, *, check: bool = True) -> Surgery:
@@ -74,7 +45,7 @@ def operate(gm: fx.GraphModule, keep: KeepByName, *, check: bool = True) -> Surg
     kept = as_keep(axes, keep)
     small = shrink_axes(axes, kept, exact=True)
     difference = _difference(zeroed, small, keep) if check else 0.0
-    return Surgery(small, plan_axes(axes, kept), difference)
+    return Surgery(small, keep, plan_axes(axes, kept), difference)
 
 
 def _difference(zeroed: fx.GraphModule, small: fx.GraphModule, keep: KeepByName) -> float:

@@ -1,48 +1,42 @@
 """One training loop for every method: accelerate for devices, precision and processes; interrupted runs resume exactly.
 
 The random numbers and the data order of an epoch are functions of (seed, epoch, process) alone. So the state at the end
-of an epoch is the weights, the optimiser, the loss's own state and the epoch's number, and an interrupted run continues
-as if nothing had happened. A surgeon may change the model's shape between epochs, and the batch with it.
+of an epoch is the weights, the optimiser, the hooks' own state and the epoch's number, and an interrupted run continues
+as if nothing had happened. What methods do between steps and epochs, surgery too, are hooks (`hooks.py`).
 """
 
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import convert_to_fp32, set_seed
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ...errors import DynCompressError, RequestError
-from .batch_growth import bytes_per_sample, largest_batch
 from .batches import LabelledData, call, placed, size_of, to_device, unpack
+from .hooks import Hook
 from .machine import Shell, accelerator_of, own_random_numbers
-from .run_store import RunStore, Settings
 from .schedule import Shuffled, Timetable, seed_of
-from .surgery import Surgeon, Surgery, carry_over
+from .store import Store
+from .surgery import KeepByName, Surgery, carry_over, operate
+
+CHECKPOINT = "training.pt"
 
 _CLIP_NORM = 5.0
+_HELD = ("model", "optimizer", "scaler", "surgeries", "hooks", "history")  # by a checkpoint
 
 LossFunction = Callable[[Any, Tensor], Tensor]  # (the model's output, labels (B,)) -> scalar
 Optimizer = Callable[..., torch.optim.Optimizer]  # (parameters or groups, lr=...) -> an optimiser
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """A loss function with a schedule of its own, saved and resumed with the run."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -68,9 +62,8 @@ def fit(
     seed: int = 0,
     parameters: Iterable[Any] | None = None,
     keep_eval: Iterable[nn.Module] = (),
-    after_step: Callable[[int], None] | None = None,
     optimizer: Optimizer = torch.optim.AdamW,
-    surgeon: Surgeon | None = None,
+    hooks: Sequence[Hook] = (),
     teacher: nn.Module | None = None,
     mixed_precision: str | None = None,
     device: torch.device | str | None = None,
@@ -84,16 +77,15 @@ def fit(
     samples left over differ from epoch to epoch. Under `accelerate launch` every process takes its own batches.
 
     Args:
-        loss_fn: (the model's output, labels (B,) int64) -> scalar; a `Stateful` one is saved with the run.
+        loss_fn: (the model's output, labels (B,) int64) -> scalar; one that is a hook is the last of the hooks.
         dataset: map-style, of (inputs, int label); inputs a tensor, a tuple of arguments or a dict of keywords.
         lr: the peak learning rate. batch_size: per process.
         parameters: what to train: parameters or optimiser groups, which may set their own "lr"; None = all that
             require gradients.
         keep_eval: modules that stay in eval mode, such as a frozen trunk with its BatchNorm and dropout.
-        after_step: called after every optimiser step with its number from 0.
         optimizer: makes one of parameters and lr, such as `partial(torch.optim.SGD, momentum=0.9)`.
-        surgeon: acts after every step; the model that it puts in place of `model` is its own to hand on. Where it asks
-            for it, batches and learning rates grow as that model needs less memory.
+        hooks: what takes part in the training, in this order at every moment. Where one puts a smaller model in the
+            place of `model`, that one is trained from there on, and is the hook's to hand on.
         teacher: answers the same inputs, in evaluation mode and without gradients; `loss_fn` then gets the pair (the
             model's output, the teacher's).
         mixed_precision: "no", "fp16" or "bf16"; None = what accelerate is configured to.
@@ -115,46 +107,57 @@ def fit(
     accelerator = accelerator_of(mixed_precision)
     samples = size_of(dataset, "training")
     batch_size = max(1, min(batch_size, samples // accelerator.num_processes))
-    request = dict(surgeon.request) if surgeon is not None else {}
-    settings = Settings(epochs, lr, batch_size, seed, samples, accelerator.num_processes, request)
+    timetable = Timetable(samples, accelerator.num_processes, lr, (batch_size,) * epochs)
+    every = [*hooks, loss_fn] if isinstance(loss_fn, Hook) else list(hooks)
     groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
-    store = RunStore(Path(run_dir) if run_dir is not None else None, settings, resume)
+    store = Store(run_dir, CHECKPOINT, _settings(timetable, seed, every), resume=resume, holds=_HELD)
     where = torch.device(device or accelerator.device)
-    run = _Run(model, loss_fn, dataset, settings, accelerator, where, surgeon, teacher)
+    run = _Run(model, loss_fn, dataset, timetable, seed, accelerator, where, every, teacher)
     still = [*keep_eval, teacher] if teacher is not None else list(keep_eval)
     taught = placed(teacher, where) if teacher is not None else nullcontext()
     with placed(model, where), taught, own_random_numbers(where), run.prepared(groups, optimizer):
-        return run.train(store, still, after_step, progress and accelerator.is_local_main_process)
+        return run.train(store, still, progress and accelerator.is_local_main_process)
+
+
+def _settings(timetable: Timetable, seed: int, hooks: Iterable[Hook]) -> dict[str, object]:
+    """What must be the same for a run to continue."""
+    settings: dict[str, object] = {
+        "epochs": len(timetable.batch_sizes), "lr": timetable.lr, "batch_size": timetable.batch_sizes[0], "seed": seed,
+        "samples": timetable.samples, "processes": timetable.processes,
+    }  # fmt: skip
+    for hook in hooks:
+        settings |= hook.settings()
+    return settings
 
 
 class _Run:
-    """A model, its optimiser and its data, prepared for this process."""
+    """A model, its optimiser and its data, prepared for this process; `TrainingRun` is what hooks see of it."""
 
     def __init__(
         self,
         model: nn.Module,
         loss_fn: LossFunction,
         dataset: LabelledData,
-        settings: Settings,
+        timetable: Timetable,
+        seed: int,
         accelerator: Accelerator,
         device: torch.device,
-        surgeon: Surgeon | None,
+        hooks: Sequence[Hook],
         teacher: nn.Module | None,
     ) -> None:
-        self.surgeon, self.teacher = surgeon, teacher
-        self.model, self.loss_fn, self.dataset, self.settings = model, loss_fn, dataset, settings
+        self.model, self.loss_fn, self.dataset, self.teacher = model, loss_fn, dataset, teacher
+        self.timetable, self.seed, self.hooks = timetable, seed, hooks
         self.accelerator, self.device = accelerator, device
-        sizes = (settings.batch_size,) * settings.epochs
-        self.timetable = Timetable(settings.samples, settings.processes, settings.lr, sizes)
-        self.batches = Shuffled(self.timetable, settings.seed, accelerator.process_index)
+        self.batches = Shuffled(timetable, seed, accelerator.process_index)
         self.loader = DataLoader(dataset, batch_sampler=self.batches)
+        self.surgeries: list[KeepByName] = []
 
     @contextmanager
     def prepared(self, groups: list[Any], make: Optimizer) -> Iterator[None]:
         """A fresh optimiser, and the model wrapped for precision and processes until the end."""
         if not groups:
             raise RequestError("there is nothing to train: no parameter requires gradients")
-        self.bare_optimizer = make(groups, lr=self.settings.lr)
+        self.bare_optimizer = make(groups, lr=self.timetable.lr)
         self.peaks = [group["lr"] for group in self.bare_optimizer.param_groups]
         self._wrap()
         try:
@@ -172,76 +175,55 @@ class _Run:
         carry_over(self.bare_optimizer, self.model, surgery)
         self.model = surgery.model
         self._wrap()
+        self.surgeries.append(surgery.keep)
+        for hook in self.hooks:
+            hook.adopt(surgery)
 
-    def _reschedule(self, timetable: Timetable) -> None:
+    def reschedule(self, timetable: Timetable) -> None:
+        """Other steps from now on; every hook is told."""
         self.timetable = self.batches.timetable = timetable
-        if self.surgeon is not None:
-            self.surgeon.reschedule(timetable)
+        for hook in self.hooks:
+            hook.reschedule(timetable)
 
-    def _memory(self) -> int:
-        """Bytes that a step keeps for one sample, or 0 where nobody asks; the same in every process."""
-        if self.surgeon is None or not self.surgeon.grow_batch:
-            return 0
-        own = bytes_per_sample(self.model, self.dataset, self.accelerator.autocast())
-        return int(self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum"))
-
-    def _grow(self, epoch: int, whole: int) -> None:
-        """From an epoch on, the largest batch that keeps no more than the first one did; `whole`: `_memory` then."""
-        most = self.settings.samples // self.settings.processes
-        size = largest_batch(self.settings.batch_size, whole, self._memory(), most)
-        self._reschedule(self.timetable.with_batches(epoch, size))
-
-    def train(
-        self,
-        store: RunStore,
-        keep_eval: list[nn.Module],
-        after_step: Callable[[int], None] | None,
-        progress: bool,
-    ) -> list[Epoch]:
+    def train(self, store: Store, keep_eval: list[nn.Module], progress: bool) -> list[Epoch]:
         """All epochs that are not done yet; the history of all."""
         self.model.train()
         for module in keep_eval:
             module.eval()
-        self._reschedule(self.timetable)
-        whole = self._memory()
-        if self.surgeon is not None:
-            self.surgeon.begin()
+        self.reschedule(self.timetable)
+        for hook in self.hooks:
+            hook.begin(self)
         history = self._restored(store)
-        done = len(history)
+        done, epochs = len(history), len(self.timetable.batch_sizes)
         steps = self.timetable.steps_after(done)
         bar = tqdm(total=self.timetable.steps, initial=steps, unit="step", file=sys.stderr, disable=not progress)
         try:
             with bar:
-                for epoch in range(done, self.settings.epochs):
-                    bar.set_description(f"epoch {epoch + 1}/{self.settings.epochs}")
-                    history.append(self._epoch(epoch, after_step, bar))
-                    surgery = self.surgeon.operate(epoch + 1) if self.surgeon is not None else None
-                    if surgery is not None:
-                        self._adopt(surgery)
-                        if whole:
-                            self._grow(epoch + 1, whole)
-                            bar.total = self.timetable.steps
-                    self.accelerator.wait_for_everyone()
-                    if self.accelerator.is_main_process:
-                        store.save(self._state(history))
+                for epoch in range(done, epochs):
+                    bar.set_description(f"epoch {epoch + 1}/{epochs}")
+                    history.append(self._epoch(epoch, bar))
+                    for hook in self.hooks:
+                        surgery = hook.after_epoch(epoch + 1)
+                        if surgery is not None:
+                            self._adopt(surgery)
+                    bar.total = self.timetable.steps
+                    store.save(self._state(history))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(store.interrupted(len(history))) from None
+            raise KeyboardInterrupt(_interrupted(len(history), epochs, store.folder)) from None
         return history
 
-    def _epoch(self, epoch: int, after_step: Callable[[int], None] | None, bar: "tqdm[Any]") -> Epoch:
+    def _epoch(self, epoch: int, bar: "tqdm[Any]") -> Epoch:
         began, total = time.perf_counter(), 0.0
         self.batches.epoch = epoch
-        set_seed(seed_of(self.settings.seed, epoch, 1 + self.accelerator.process_index))
+        set_seed(seed_of(self.seed, epoch, 1 + self.accelerator.process_index))
         for step, batch in enumerate(self.loader, start=self.timetable.steps_after(epoch)):
             loss = self._step(step, batch)
             total += loss
-            if self.surgeon is not None:
-                self.surgeon.after_step(step)
+            for hook in self.hooks:
+                hook.after_step(step)
             bar.update()
-            shown = self.surgeon.progress if self.surgeon is not None else {}
+            shown = {name: text for hook in self.hooks for name, text in hook.postfix().items()}
             bar.set_postfix(loss=f"{loss:.4f}", **shown, refresh=False)
-            if after_step is not None:
-                after_step(step)
         mean = torch.tensor(total / len(self.batches), device=self.accelerator.device)
         mean = self.accelerator.reduce(mean, "mean")
         lr, size = self.optimizer.param_groups[0]["lr"], self.timetable.batch_sizes[epoch]
@@ -261,7 +243,7 @@ class _Run:
         if not math.isfinite(value):
             raise DynCompressError(
                 f"the loss became {value} at step {step} of {self.timetable.steps}: try a learning rate below "
-                f'{self.settings.lr:g}, mixed_precision="no", or look for bad values in the data'
+                f'{self.timetable.lr:g}, mixed_precision="no", or look for bad values in the data'
             )
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
@@ -278,19 +260,22 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
-            "loss": self.loss_fn.state_dict() if isinstance(self.loss_fn, Stateful) else {},
-            "surgeon": self.surgeon.state_dict() if self.surgeon is not None else {},
-            "batch_sizes": list(self.timetable.batch_sizes),
+            "surgeries": self.surgeries,
+            "hooks": self._states(),
             "history": [asdict(epoch) for epoch in history],
         }
 
-    def _restored(self, store: RunStore) -> list[Epoch]:
+    def _states(self) -> list[tuple[str, dict[str, Any]]]:
+        """Of the hooks that have one, by the name of their class."""
+        return [(type(hook).__name__, state) for hook in self.hooks if (state := hook.state_dict())]
+
+    def _restored(self, store: Store) -> list[Epoch]:
         state = store.saved
         if state is None:
             return []
-        for surgery in self.surgeon.load_state_dict(state["surgeon"]) if self.surgeon is not None else ():
-            self._adopt(surgery)
-        self._reschedule(replace(self.timetable, batch_sizes=tuple(state["batch_sizes"])))
+        for keep in state["surgeries"]:
+            assert isinstance(self.model, fx.GraphModule)
+            self._adopt(operate(self.model, keep, check=False))
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -298,15 +283,34 @@ class _Run:
             raise RequestError(f"the run in {store.folder} is one of another model: use another run_dir") from error
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if isinstance(self.loss_fn, Stateful):
-            self.loss_fn.load_state_dict(state["loss"])
+        before, now = ([name for name, _ in states] for states in (state["hooks"], self._states()))
+        if before != now:
+            raise RequestError(f"the run in {store.folder} was trained with {before}, not {now}: use another run_dir")
+        for hook, (_, saved) in zip([h for h in self.hooks if h.state_dict()], state["hooks"], strict=True):
+            hook.load_state_dict(saved)
         return [Epoch(**record) for record in state["history"]]
 
 
-def count_steps(dataset: LabelledData, epochs: int, batch_size: int) -> int:
-    """How many steps `fit` takes."""
-    processes, size = PartialState().num_processes, size_of(dataset, "training")
-    return epochs * (size // (processes * max(1, min(batch_size, size // processes))))
+def _interrupted(done: int, epochs: int, folder: Path | None) -> str:
+    """What to tell a user who stopped the run."""
+    where = f"interrupted after {done} of {epochs} epochs"
+    if folder is None:
+        return f"{where}; nothing was saved (give a run_dir to be able to resume)"
+    return f"{where}; continue with resume and run_dir {folder}"
+
+
+def in_phases(
+    phases: Sequence[Callable[[Path | None], list[Epoch]]], run_dir: str | os.PathLike[str] | None
+) -> list[Epoch]:
+    """Trains in one phase after the other, and numbers the epochs through.
+
+    phases: each trains with the run_dir it is given. Several keep their states in folders of their own under `run_dir`.
+    """
+    history: list[Epoch] = []
+    for number, train in enumerate(phases, start=1):
+        folder = None if run_dir is None else Path(run_dir) / (f"phase-{number}" if len(phases) > 1 else "")
+        history += [replace(epoch, epoch=len(history) + epoch.epoch) for epoch in train(folder)]
+    return history
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from time import perf_counter
 import torch
 
 from ...errors import RequestError
+from .timing import wait_for
 
 
 class Deadline:
@@ -22,12 +23,11 @@ class Deadline:
             raise RequestError(f"deadline_ms is {ms}: give a positive number of milliseconds")
         self._start = perf_counter()
         self._end = self._start + ms / 1000
-        self._on_cuda = device.type == "cuda"
+        self._device = device
 
     def allows(self, done_macs: float, next_macs: float) -> bool:
         """Whether work of `next_macs` fits, when `done_macs` were done since the start."""
-        if self._on_cuda:  # what was started there has not run yet
-            torch.cuda.synchronize()
+        wait_for(self._device)  # what was started there has not run yet
         now = perf_counter()
         expected = (now - self._start) * next_macs / done_macs if done_macs else 0.0
         return now < self._end and now + expected <= self._end

@@ -85,8 +85,9 @@ def test_temperature_grows_only_while_the_teacher_is_confident() -> None:
     loss = SelfDistillation()
     teacher = torch.tensor([[3.0, 0.0, 0.0]]).repeat(4, 1)
     expected = 1.0
-    for _ in range(40):
+    for step in range(40):
         loss([teacher, teacher], torch.zeros(4, dtype=torch.long))
+        loss.after_step(step)
         if softmax([3.0, 0.0, 0.0], expected)[0] > 0.5:
             expected *= 1.05
         assert loss.temperature == pytest.approx(expected)
@@ -97,8 +98,9 @@ def test_temperature_grows_only_while_the_teacher_is_confident() -> None:
 def test_state_survives_saving() -> None:
     logits, labels = draw()
     loss = SelfDistillation()
-    for _ in range(3):
+    for step in range(3):
         loss([5 * z for z in logits], labels)
+        loss.after_step(step)
     resumed = SelfDistillation()
     resumed.load_state_dict(loss.state_dict())
     assert resumed.temperature == loss.temperature > 1

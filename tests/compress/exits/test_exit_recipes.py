@@ -16,6 +16,7 @@ from dyncompress.compress.exits.convert import convert
 from dyncompress.compress.exits.exit_losses import ExitLoss, FrozenTeacher, Hints, Ramped, Teachers, Weighted
 from dyncompress.compress.exits.recipes import RECIPES, check_recipe, train_exits
 from dyncompress.compress.exits.taps import Hinted, Taught
+from dyncompress.compress.training.schedule import Timetable
 from dyncompress.compress.training.trainer import fit
 from dyncompress.errors import RequestError
 from dyncompress.passes.capture.capture import capture
@@ -66,12 +67,14 @@ def test_weighted() -> None:
 
 def test_ramped_weights_grow_to_their_tops() -> None:
     logits, labels = draw()
-    loss = Ramped([0.2, 0.4, 0.8], steps=10)
+    loss, resumed = Ramped([0.2, 0.4, 0.8]), Ramped([0.2, 0.4, 0.8])
+    for each in (loss, resumed):
+        each.reschedule(Timetable(samples=10, processes=1, lr=0.1, batch_sizes=(1,)))
     for step in range(10):
         taus = [min(top, 0.01 + top * step / 10) for top in (0.2, 0.4, 0.8)] + [1.0]
         wanted = sum(t * ce(z[i], int(labels[i])) for t, z in zip(taus, logits, strict=True) for i in range(BATCH))
         assert loss(logits, labels).item() == pytest.approx(wanted / BATCH)
-    resumed = Ramped([0.2, 0.4, 0.8], steps=10)
+        loss.after_step(step)
     resumed.load_state_dict(loss.state_dict())
     assert resumed.weights() == loss.weights() == [0.2, 0.4, 0.8, 1.0]
 
@@ -120,7 +123,7 @@ def test_teachers() -> None:
         torch.testing.assert_close(teachers[0].grad[i], slope.detach())
 
 
-LOSSES: list[ExitLoss] = [Weighted([1.0] * EXITS), Ramped([0.5] * 3, 1), FrozenTeacher()]
+LOSSES: list[ExitLoss] = [Weighted([1.0] * EXITS), Ramped([0.5] * 3), FrozenTeacher()]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
@@ -129,17 +132,24 @@ def test_positions_are_rows_and_those_that_do_not_count_are_left_out(loss: ExitL
     shaped, marks = [z.detach().reshape(2, 3, CLASSES) for z in logits], labels.reshape(2, 3).clone()
     marks[0, 0] = marks[1, 2] = -100
     kept = [1, 2, 3, 4]
-    state = loss.state_dict()
     flat = loss([z.detach()[kept] for z in logits], labels[kept])
-    loss.load_state_dict(state)
     assert loss(shaped, marks).item() == pytest.approx(flat.item())
     with pytest.raises(RequestError, match="need labels"):
         loss(shaped, labels)
 
 
-def test_a_run_on_another_loss_is_not_continued() -> None:
-    with pytest.raises(RequestError, match="the run was trained on KL to the last exit, not on cross-entropy by"):
-        Weighted([1.0]).load_state_dict(FrozenTeacher().state_dict())
+def test_a_run_on_another_loss_is_not_continued(tmp_path: Path) -> None:
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [super().forward(x)] * 2
+
+    def run(loss: ExitLoss, resume: bool) -> None:
+        samples = TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
+        fit(Twice(4, 2), loss, samples, epochs=1, run_dir=tmp_path, resume=resume, **QUIET)
+
+    run(FrozenTeacher(), False)
+    with pytest.raises(RequestError, match="has loss = KL to the last exit, not cross-entropy by"):
+        run(Weighted([1.0, 1.0]), True)
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------

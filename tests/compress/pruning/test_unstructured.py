@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
 import dyncompress as dc
-from dyncompress.compress.pruning.unstructured import SparseConv2d, SparseLinear, as_sparse, hold_zeros, prune_weights
+from dyncompress.compress.pruning.unstructured import HoldZeros, SparseConv2d, SparseLinear, as_sparse, prune_weights
 from dyncompress.compress.training.losses import cross_entropy
 from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo.load_data import ArrayDataset
@@ -102,7 +102,7 @@ def test_zeros_stay_while_the_rest_is_trained(gm: fx.GraphModule) -> None:
     data = ArrayDataset(torch.randn(40, 1, 12, 12), torch.randint(3, (40,)))
     fit(
         pruned, cross_entropy, data, epochs=2, batch_size=10, lr=1e-2, device="cpu", progress=False,
-        after_step=hold_zeros(pruned),
+        hooks=[HoldZeros(pruned)],
     )  # fmt: skip
     assert np.array_equal(zeros_of(pruned, WEIGHTS), zeros)
     assert all(not torch.equal(p, before[name]) for name, p in pruned.named_parameters())

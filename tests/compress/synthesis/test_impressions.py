@@ -19,8 +19,7 @@ from dyncompress.compress.exits.convert import convert
 from dyncompress.compress.options.steps import Convert
 from dyncompress.compress.synthesis.data_free import splits_of_impressions
 from dyncompress.compress.synthesis.few_samples import Blends, few_shots
-from dyncompress.compress.synthesis.impression_store import FILE
-from dyncompress.compress.synthesis.impressions import Synthesis, make_impressions
+from dyncompress.compress.synthesis.impressions import FILE, Synthesis, make_impressions
 from dyncompress.compress.synthesis.norm_statistics import mismatch
 from dyncompress.compress.training.trainer import fit
 from dyncompress.errors import RequestError
@@ -120,7 +119,7 @@ def test_an_interrupted_synthesis_resumes_to_the_same(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch, "save", interrupted)
         make_impressions(captured(), X, how, seed=5, run_dir=tmp_path / "cut", **QUIET)
-    for options, message in (({}, "holds impressions already"), ({"resume": True, "seed": 6}, "seed = 5, not 6")):
+    for options, message in (({}, "holds a run already"), ({"resume": True, "seed": 6}, "seed = 5, not 6")):
         with pytest.raises(RequestError, match=message):
             make_impressions(captured(), X, how, run_dir=tmp_path / "cut", **{"seed": 5, **options, **QUIET})
     with monkeypatch.context() as patch:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from dyncompress.compress.training.trainer import fit
+from dyncompress.compress.training.hooks import Hook, Progress, TrainingRun
+from dyncompress.compress.training.schedule import Timetable
+from dyncompress.compress.training.trainer import Epoch, fit, in_phases
 from dyncompress.errors import DynCompressError, RequestError
 
 QUIET = {"device": "cpu", "progress": False}
@@ -37,7 +39,7 @@ class Pairs(Dataset):
         return self.shape(self.x[index] + noise), int(self.y[index])
 
 
-class Schedule:
+class Schedule(Hook):
     """Cross-entropy with a state that changes at every call."""
 
     def __init__(self) -> None:
@@ -47,10 +49,10 @@ class Schedule:
         self.calls += 1
         return F.cross_entropy(z, y) * (1 + self.calls / 10)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {"calls": self.calls}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.calls = state["calls"]
 
 
@@ -68,12 +70,15 @@ class Stop(Exception):
     pass
 
 
-def stop_at(step: int, error: type[BaseException] = Stop) -> Callable[[int], None]:
-    def callback(now: int) -> None:
-        if now == step:
-            raise error
+class StopAt(Hook):
+    """Raises after a step."""
 
-    return callback
+    def __init__(self, step: int, error: type[BaseException] = Stop) -> None:
+        self.step, self.error = step, error
+
+    def after_step(self, step: int) -> None:
+        if step == self.step:
+            raise self.error
 
 
 def test_equals_a_plain_loop() -> None:
@@ -124,7 +129,7 @@ def test_resumes_exactly(tmp_path: Path, step: int) -> None:
 
     stopped = network()
     with pytest.raises(Stop):
-        fit(stopped, Schedule(), Pairs(), run_dir=tmp_path, after_step=stop_at(step), **options)
+        fit(stopped, Schedule(), Pairs(), run_dir=tmp_path, hooks=[StopAt(step)], **options)
     torch.manual_seed(99)  # nothing of the first process is left
     resumed, loss = network(), Schedule()
     again = fit(resumed, loss, Pairs(), run_dir=tmp_path, resume=True, **options)
@@ -137,12 +142,76 @@ def test_resumes_exactly(tmp_path: Path, step: int) -> None:
     assert same(finished, whole)
 
 
+def test_hooks_are_told_every_moment_in_order() -> None:
+    told: list[tuple[str, Any]] = []
+
+    class Told(Hook):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def reschedule(self, timetable: Timetable) -> None:
+            told.append((self.name, timetable.steps))
+
+        def begin(self, run: TrainingRun) -> None:
+            told.append((self.name, run.model))
+
+        def after_step(self, step: int) -> None:
+            told.append((self.name, step))
+
+        def after_epoch(self, epoch: int) -> None:
+            told.append((self.name, f"epoch {epoch}"))
+
+    class ToldLoss(Told):
+        def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(z, y)
+
+    model = network()
+    fit(model, ToldLoss("loss"), Pairs(), epochs=2, batch_size=16, hooks=[Told("a"), Told("b")], **QUIET)
+    moments = [4, model, 0, 1, "epoch 1", 2, 3, "epoch 2"]
+    assert told == [(name, moment) for moment in moments for name in ("a", "b", "loss")]
+
+
+def test_a_run_with_other_hooks_is_not_continued(tmp_path: Path) -> None:
+    class Named(Progress):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def settings(self) -> dict[str, object]:
+            return {"method": self.name}
+
+    def run(*hooks: Hook, resume: bool = True) -> None:
+        options: dict[str, Any] = {"run_dir": tmp_path, "epochs": 1, **QUIET}
+        fit(network(), F.cross_entropy, Pairs(), hooks=hooks, resume=resume, **options)
+
+    run(Named("a"), resume=False)
+    with pytest.raises(RequestError, match="has method = a, not b"):
+        run(Named("b"))
+    with pytest.raises(RequestError, match="has method = a, not None"):
+        run()
+    with pytest.raises(RequestError, match=r"trained with \['Named'\], not \['Schedule', 'Named'\]"):
+        run(Schedule(), Named("a"))
+    hook = Named("a")
+    run(hook)
+    assert hook.done == hook.steps == 1 and hook.fraction == 1.0
+
+
+def test_phases_are_numbered_through_and_keep_their_states_apart(tmp_path: Path) -> None:
+    def phase(folder: Path | None) -> list[Epoch]:
+        return fit(network(), F.cross_entropy, Pairs(), epochs=2, run_dir=folder, **QUIET)
+
+    made = in_phases([phase, phase], tmp_path)
+    assert [epoch.epoch for epoch in made] == [1, 2, 3, 4] and made[0].loss == made[2].loss
+    assert sorted(path.parent.name for path in tmp_path.glob("*/training.pt")) == ["phase-1", "phase-2"]
+    assert len(in_phases([phase], tmp_path)) == 2 and (tmp_path / "training.pt").exists()
+    assert len(in_phases([phase], None)) == 2
+
+
 def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
     options: dict[str, Any] = {"epochs": 3, "batch_size": 8, **QUIET}
     with pytest.raises(KeyboardInterrupt, match=f"after 1 of 3 epochs; continue with resume and run_dir {tmp_path}"):
-        fit(network(), F.cross_entropy, Pairs(), run_dir=tmp_path, after_step=stop_at(5, KeyboardInterrupt), **options)
+        fit(network(), F.cross_entropy, Pairs(), run_dir=tmp_path, hooks=[StopAt(5, KeyboardInterrupt)], **options)
     with pytest.raises(KeyboardInterrupt, match="nothing was saved"):
-        fit(network(), F.cross_entropy, Pairs(), after_step=stop_at(5, KeyboardInterrupt), **options)
+        fit(network(), F.cross_entropy, Pairs(), hooks=[StopAt(5, KeyboardInterrupt)], **options)
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
@@ -160,7 +229,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="run_dir"):
         run(network(), run_dir=None, resume=True)
     state = torch.load(tmp_path / "training.pt", weights_only=True)
-    del state["batch_sizes"]
+    del state["hooks"]
     torch.save(state, tmp_path / "training.pt")
     with pytest.raises(RequestError, match="an older version"):
         run(network(), resume=True)
@@ -209,10 +278,11 @@ def test_groups_have_their_own_learning_rates_and_frozen_modules_stay() -> None:
     groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[4].parameters()}]
     modes = []
 
-    def watch(step: int) -> None:
-        modes.append((model[1].training, model[3].training))
+    class Watch(Hook):
+        def after_step(self, step: int) -> None:
+            modes.append((model[1].training, model[3].training))
 
-    fit(model, F.cross_entropy, Pairs(), epochs=1, parameters=groups, keep_eval=[model[1]], after_step=watch, **QUIET)
+    fit(model, F.cross_entropy, Pairs(), epochs=1, parameters=groups, keep_eval=[model[1]], hooks=[Watch()], **QUIET)
     assert modes and set(modes) == {(False, True)}
     assert same(model[0], before[0]) and same(model[1], before[1]) and not same(model[4], before[4])
     assert not any(module.training for module in model.modules())  # as it came
