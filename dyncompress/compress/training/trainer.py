@@ -261,18 +261,21 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "surgeries": self.surgeries,
-            "hooks": self._states(),
+            "hooks": [(type(hook).__name__, hook.state_dict()) for hook in self._stateful()],
             "history": [asdict(epoch) for epoch in history],
         }
 
-    def _states(self) -> list[tuple[str, dict[str, Any]]]:
-        """Of the hooks that have one, by the name of their class."""
-        return [(type(hook).__name__, state) for hook in self.hooks if (state := hook.state_dict())]
+    def _stateful(self) -> list[Hook]:
+        return [hook for hook in self.hooks if hook.state_dict()]
 
     def _restored(self, store: Store) -> list[Epoch]:
         state = store.saved
         if state is None:
             return []
+        before, now = [name for name, _ in state["hooks"]], [type(hook).__name__ for hook in self._stateful()]
+        if before != now:
+            names = [", ".join(hooks) or "no hook" for hooks in (before, now)]
+            raise RequestError(f"the run in {store.folder} has {names[0]}, not {names[1]}: use another run_dir")
         for keep in state["surgeries"]:
             assert isinstance(self.model, fx.GraphModule)
             self._adopt(operate(self.model, keep, check=False))
@@ -283,10 +286,7 @@ class _Run:
             raise RequestError(f"the run in {store.folder} is one of another model: use another run_dir") from error
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        before, now = ([name for name, _ in states] for states in (state["hooks"], self._states()))
-        if before != now:
-            raise RequestError(f"the run in {store.folder} was trained with {before}, not {now}: use another run_dir")
-        for hook, (_, saved) in zip([h for h in self.hooks if h.state_dict()], state["hooks"], strict=True):
+        for hook, (_, saved) in zip(self._stateful(), state["hooks"], strict=True):
             hook.load_state_dict(saved)
         return [Epoch(**record) for record in state["history"]]
 
@@ -306,9 +306,9 @@ def in_phases(
 
     phases: each trains with the run_dir it is given. Several keep their states in folders of their own under `run_dir`.
     """
-    history: list[Epoch] = []
+    root, history = None if run_dir is None else Path(run_dir), list[Epoch]()
     for number, train in enumerate(phases, start=1):
-        folder = None if run_dir is None else Path(run_dir) / (f"phase-{number}" if len(phases) > 1 else "")
+        folder = root / f"phase-{number}" if root is not None and len(phases) > 1 else root
         history += [replace(epoch, epoch=len(history) + epoch.epoch) for epoch in train(folder)]
     return history
 

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from dyncompress.compress.evaluation import evaluate as module
+from dyncompress.compress.evaluation import wall_clock
 from dyncompress.compress.evaluation.evaluate import collect_logits, evaluate
 from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
 from dyncompress.compress.training.losses import cross_entropy, logits_of
@@ -136,7 +136,7 @@ def test_latency_on_a_simulated_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    monkeypatch.setattr(module, "perf_counter", lambda: now)
+    monkeypatch.setattr(wall_clock, "perf_counter", lambda: now)
     # per input: one call to warm up, then three that count
     a = model("a", [99, 1, 2, 9] + [99, 4, 4, 9] + [99, 7, 7, 7] + [99, 8, 8, 8] + [99, 9, 9, 9])
     b = model("b", [50, 2, 1, 1] + [50, 3, 3, 3] + [50, 5, 5, 5] + [50, 6, 1, 6] + [50, 0, 7, 7])

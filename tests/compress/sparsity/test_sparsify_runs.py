@@ -61,7 +61,8 @@ def begun(code: str, **environment: str) -> subprocess.Popen[str]:
 def test_two_processes_make_the_same_model(tmp_path: Path) -> None:
     code = f"""
 torch.set_num_threads(1)
-small = dc.sparsify(network(), images(), **OPTIONS | {{"epochs": 1, "batch_size": 16, "macs": 0.3, "grow_batch": True}})
+options = OPTIONS | {{"epochs": 1, "batch_size": 16, "macs": 0.3, "grow_batch": True}}
+small = dc.sparsify(network(), images(), run_dir={str(tmp_path / "run")!r}, **options)
 assert small.meta["info"]["sparsify"]["surgeries"] and torch.distributed.get_world_size() == 2
 saved = {{"sizes": small.meta["info"]["sparsify"]["batch_sizes"], **dict(small.named_parameters())}}
 torch.save(saved, {str(tmp_path)!r} + "/" + os.environ["RANK"])
@@ -69,6 +70,7 @@ torch.save(saved, {str(tmp_path)!r} + "/" + os.environ["RANK"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    shared["ACCELERATE_USE_CPU"] = "1"  # as `accelerate launch --cpu` has it: else each process trains alone
     started = [begun(code, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
     for process in started:
         with process:
@@ -78,6 +80,8 @@ torch.save(saved, {str(tmp_path)!r} + "/" + os.environ["RANK"])
     (first, then), others = one.pop("sizes"), two.pop("sizes")
     assert first == 16 < then and others == [first, then]
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["training.pt"]
+    assert torch.load(tmp_path / "run" / "training.pt")["settings"]["processes"] == 2
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
