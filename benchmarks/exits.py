@@ -40,7 +40,8 @@ from dyncompress.compress.thresholds.thresholds import ThresholdSearch
 from dyncompress.compress.training.losses import cross_entropy
 from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo import build
-from dyncompress.runtime.predict.cache_blocks import blocks, bytes_per_sample
+from dyncompress.passes.graph.meta import inputs_of
+from dyncompress.runtime.predict.cache_blocks import blocks, largest_value_bytes
 
 RESULTS = Path(__file__).with_suffix(".json")
 EPOCHS, EXITS, TRUNK_LR, REPEATS = 2, 3, 0.01, 5
@@ -133,7 +134,7 @@ def _times(net: nn.Module, dynamic: dc.DynamicModel, data: Any, test: Cached) ->
     example = torch.stack([data.train[i][0] for i in range(2)])
     static = fold(dc.capture(net, example).eval()).gm
     folded = dc.DynamicModel(fold(dynamic.trunk.eval()).gm, dynamic.policy)
-    part, whole = bytes_per_sample(static, static.meta), dynamic.static_macs
+    part, whole = largest_value_bytes(static, inputs_of(static)), dynamic.static_macs
 
     def blocked(x: Tensor) -> None:
         for rows in blocks(len(x), part, x.device):

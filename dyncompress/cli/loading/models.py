@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
 from ...model_zoo import zoo
+from ...passes.graph.meta import FixedInput, Input, inputs_of
 from ...runtime.files import checkpoint
 from ...runtime.files.model_folder import is_model_folder
 from ...runtime.predict.dynamic import DynamicModel
@@ -210,18 +211,17 @@ def example_of(model: nn.Module) -> Any:
     """Inputs for one call of a captured or dynamic model, as its graph describes them: random floats, zero integers."""
     gm = model.trunk if isinstance(model, DynamicModel) else model
     assert isinstance(gm, fx.GraphModule)
-    leaves = [_example_leaf(spec) for spec in gm.meta["inputs"]]
+    leaves = [_example_leaf(given) for given in inputs_of(gm)]
     in_spec = gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
     args, kwargs = pytree.tree_unflatten(leaves, in_spec)
     return args or kwargs
 
 
-def _example_leaf(spec: Mapping[str, Any]) -> Any:
-    if "value" in spec:
-        return spec["value"]
-    shape = [2 if dim == 0 and 0 in spec["dynamic"] else size for dim, size in enumerate(spec["shape"])]
-    dtype = getattr(torch, spec["dtype"])
-    return torch.rand(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+def _example_leaf(given: Input) -> Any:
+    if isinstance(given, FixedInput):
+        return given.value
+    make = torch.rand if given.dtype.is_floating_point else torch.zeros
+    return make(given.sized(2), dtype=given.dtype)
 
 
 def _fill(path: Path, arch: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:

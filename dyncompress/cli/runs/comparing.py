@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from ...passes.graph.meta import info_of
 from ...compress.pruning.compare import Comparison, compare
 from ...errors import RequestError
 from ...runtime.files import checkpoint
@@ -69,7 +70,7 @@ def _write(recipe: Recipe, folder: Path, found: Comparison, subject: Subject) ->
     for name, model in found.models.items():
         if name != "static":
             path = folder / f"{name}.safetensors"
-            checkpoint.save(model, path, info={**model.meta.get("info", {}), "measured": found.entries[name]})
+            checkpoint.save(model, path, info={**info_of(model), "measured": found.entries[name]})
             entries[name]["model"] = str(path)
     report = {
         "model": recipe.model,

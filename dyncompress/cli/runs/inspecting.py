@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from torch import fx
 
+from ...passes.graph.meta import exits_of
 from ...passes.axes.axes import Axes, infer_axes
 from ...passes.edit.cut_points import blocks, cut_points
 from ...passes.graph.cost import count_bytes, count_macs, count_parameters, node_macs
@@ -47,7 +48,7 @@ def describe(gm: fx.GraphModule) -> dict[str, Any]:
             {"at": c.node.name, "path": c.node.meta.get("path", ""), "single": c.single, "macs": c.macs}
             for c in cut_points(gm)
         ],
-        "exits": list(gm.meta.get("exits", [])),
+        "exits": list(exits_of(gm)),
         "branches": _branches(gm),
     }
 

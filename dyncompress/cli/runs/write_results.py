@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from torch import fx
 
+from ...passes.graph.meta import info_of
 from ...compress.synthesis import impressions
 from ...runtime.predict.dynamic import graph_of
 from ...runtime.files import checkpoint
@@ -59,7 +60,7 @@ def write(
         and subject.data is not None
     ):
         report["curve"] = tradeoff(result, subject.data, subject.device)
-        done = result.trunk.meta["info"]["convert"]
+        done = info_of(result.trunk)["convert"]
         report["risk"], report["exit_costs"] = done["risk"], done["latency"]
         _draw(folder, report, first, name, done["exits"])
     for path in (folder / folders.STEPS).glob(f"*/{impressions.FILE}"):
@@ -75,7 +76,7 @@ def write(
 def _save(recipe: Recipe, folder: Path, model: fx.GraphModule | DynamicModel, entry: dict[str, Any]) -> Path:
     """The result with what was measured of it, and the recipe, in its file."""
     path = folder / ("model.dyn.safetensors" if isinstance(model, DynamicModel) else "model.safetensors")
-    info = {**graph_of(model).meta.get("info", {}), "recipe": str(recipe), "measured": entry}
+    info = {**info_of(graph_of(model)), "recipe": str(recipe), "measured": entry}
     checkpoint.save(model, path, info=info, overwrite=True)
     return path
 
@@ -85,7 +86,7 @@ _SHRUNK_BY = {"pruned": "prune", "sparsified": "sparsify"}
 
 def _note_shrinking(report: dict[str, Any], models: Mapping[str, Any], name: str, folder: Path) -> None:
     """What the first pruning or sparsifying did: the layers, the shares reached, a picture of what was kept."""
-    done = models[name].meta["info"][_SHRUNK_BY[name]]
+    done = info_of(models[name])[_SHRUNK_BY[name]]
     report["layers"] = layers.compare_layers(models["static"], models[name])
     report[_SHRUNK_BY[name]] = {key: value for key, value in done.items() if key != "kept"}
     layers.write_csv(folder / "layers.csv", report["layers"])
@@ -94,7 +95,7 @@ def _note_shrinking(report: dict[str, Any], models: Mapping[str, Any], name: str
 
 def _note_gates(report: dict[str, Any], models: Mapping[str, Any], folder: Path) -> None:
     """How often each branch runs, in numbers and as a picture, and whether skipping pays here."""
-    done, names = models["gated"].trunk.meta["info"]["gate"], list(models)
+    done, names = info_of(models["gated"].trunk)["gate"], list(models)
     before = report[names[names.index("gated") - 1]]
     report["gate"] = {key: value for key, value in done.items() if key != "history"}
     report["gate"]["branch_macs"] = models["gated"].branch_macs

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import RequestError
 from ...passes.graph.cost import count_macs
+from ...passes.graph.meta import is_captured
 from ...runtime.predict.dynamic import DynamicModel
 from ..training.batches import LabelledData, call, device_of_model, in_order, placed, size_of
 from ..training.losses import IGNORED, check_labels, logits_of
@@ -73,7 +74,7 @@ def evaluate(
     if not total:
         raise RequestError(f"every label of the evaluation data is {IGNORED}, which counts for nothing")
     exits: tuple[ExitUse, ...] = ()
-    macs = float(count_macs(model)) if isinstance(model, fx.GraphModule) and "inputs" in model.meta else None
+    macs = float(count_macs(model)) if is_captured(model) else None
     if isinstance(model, DynamicModel):
         exits = _exit_uses(model, torch.cat(used), right, counted)
         macs = float(torch.cat(used)[:, 1].mean())

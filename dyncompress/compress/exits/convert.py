@@ -22,6 +22,7 @@ from ...passes.capture.capture import capture
 from ...passes.exits.exit_places import EVERY
 from ...passes.exits.insert_exits import InsertExits
 from ...passes.graph.inputs import Inputs
+from ...passes.graph.meta import add_info
 from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.predict.policy import Fallback
 from ..evaluation.exit_quality import measure_exits
@@ -157,7 +158,7 @@ def convert(
             report["exit_search"] = found
         policy = {**leaving, "static_logits": static_logits, "seed": seed, "device": device, "progress": progress}
         report |= choose_policy(dynamic, calibration, **policy)
-    dynamic.trunk.meta["info"] = {**dynamic.trunk.meta.get("info", {}), "convert": report}  # checkpoints carry it
+    add_info(dynamic.trunk, "convert", report)
     return dynamic
 
 

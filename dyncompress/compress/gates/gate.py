@@ -24,6 +24,7 @@ from ...passes.gates.settle_gates import SettleGates
 from ...passes.graph.copying import deep_copy
 from ...passes.graph.cost import count_macs
 from ...passes.graph.inputs import Inputs
+from ...passes.graph.meta import add_info, exits_of
 from ...passes.rewrites.fold_batch_norm import FoldBatchNorm
 from ...runtime.predict.dynamic import DynamicModel
 from ..training.batches import HasSplits, LabelledData, device_of_model, divided, examples_of, to_device
@@ -93,7 +94,7 @@ def gate(
     if example_inputs is None:
         example_inputs = to_device(examples_of(train), device_of_model(model))
     static = capture(model.trunk if isinstance(model, DynamicModel) else model, example_inputs)
-    if static.meta.get("exits"):
+    if exits_of(static):
         raise RequestError("the model has exits: gate the static one, then add the exits with convert")
     gm = _with_gates(static, gate or _USUAL_GATE[kind], seed)
     dynamic = DynamicModel(gm).eval()
@@ -121,7 +122,7 @@ def gate(
         moved += meet_budget(dynamic, calibration, macs * whole, device)
     report = {"moved": moved, "settled": settled, **gate_report(dynamic, static, calibration, device)}
     report |= {"kind": kind, "phases": [name for name, _ in phases], "history": [asdict(epoch) for epoch in history]}
-    dynamic.trunk.meta["info"] = {**gm.meta.get("info", {}), "gate": report}
+    add_info(dynamic.trunk, "gate", report)
     return dynamic
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ...errors import DynCompressError, RequestError
 from ...passes.axes.axes import Axes
+from ...passes.graph.meta import FixedInput, Input, inputs_of
 from ...passes.shrink.shrink import shrink_axes
 from ...runtime.predict.timing import device_of, wait_for
 from ..training.batches import device_of_model, placed
@@ -108,7 +109,7 @@ class Latency:
         if self.device.type == "meta":
             raise RequestError("latency cannot be measured on the meta device: load the weights first")
         self.table = Table(cache or default_cache(), self.device, batch)
-        self.flat = [_input(spec, batch, self.device) for spec in self.gm.meta["inputs"]]
+        self.flat = [_input(given, batch, self.device) for given in inputs_of(self.gm)]
         self._ghost, self._progress = Ghost(axes), progress
         self._whole = sum(self.by_node({}).values())
         self.whole_ms = self._time({"whole": self.gm})["whole"]
@@ -234,15 +235,14 @@ def _shape(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
-def _input(spec: Mapping[str, Any], batch: int, device: torch.device) -> Any:
+def _input(given: Input, batch: int, device: torch.device) -> Any:
     """An input as the model was captured with, at this batch size: random floats, ones elsewhere."""
-    if "value" in spec:
-        return spec["value"]
-    shape = [batch if dim == 0 and 0 in spec["dynamic"] else size for dim, size in enumerate(spec["shape"])]
-    dtype = getattr(torch, spec["dtype"])
-    if not dtype.is_floating_point:
-        return torch.ones(shape, dtype=dtype, device=device)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    if isinstance(given, FixedInput):
+        return given.value
+    shape = given.sized(batch)
+    if not given.dtype.is_floating_point:
+        return torch.ones(shape, dtype=given.dtype, device=device)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device, given.dtype)
 
 
 def _runs(seconds: float) -> int:

@@ -17,6 +17,7 @@ from ...errors import RequestError
 from ...passes.axes.axes import Axes, as_keep, infer_axes
 from ...passes.capture.capture import capture
 from ...passes.graph.inputs import Inputs
+from ...passes.graph.meta import add_info, is_captured
 from ...passes.shrink.plan import plan_axes
 from ...passes.shrink.shrink import shrink_axes
 from ..importance.scores import COMPARABLE, Context, Scores, check_importance, score_axes
@@ -109,7 +110,7 @@ def prune(
     loss_fn = Distilled(cross_entropy, distill) if distill else cross_entropy
     if distill and not finetune:
         raise RequestError("distill is a share of the loss of fine-tuning: give finetune, a number of epochs")
-    gm = model if isinstance(model, fx.GraphModule) and "inputs" in model.meta else _captured(model, example_inputs)
+    gm = model if is_captured(model) else _captured(model, example_inputs)
     context = Context(data, seed=seed, progress=progress)
     job = _Job(metric, importance, scope, limits, exact, latency_batch, context)
     training: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "mixed_precision": mixed_precision}
@@ -170,7 +171,7 @@ def _in_steps(
             folder = None if store.folder is None else store.folder / f"cut-{number}"
             _train(gm, data, finetune, job.context, training, folder)
     report = {"metric": job.metric, "importance": job.importance, "steps": done, "kept": kept.table()}
-    gm.meta["info"] = {**gm.meta.get("info", {}), "prune": report}
+    add_info(gm, "prune", report)
     return gm
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ...errors import RequestError
 from ...passes.graph.copying import deep_copy
 from ...passes.graph.cost import node_macs
+from ...passes.graph.meta import add_info
 from ...passes.modules.ragged_recurrent import RaggedRecurrent
 from ..training.hooks import Hook, TrainingRun
 
@@ -78,7 +79,7 @@ def prune_weights(gm: fx.GraphModule, sparsity: float, *, scope: str = "global")
         _zero_smallest(group, sparsity)
     zeros = {name: float((weight == 0).double().mean()) for name, weight in weights.items()}
     report = {"sparsity": sparsity, "scope": scope, "zeros": zeros}
-    result.meta["info"] = {**result.meta.get("info", {}), "prune_weights": report}
+    add_info(result, "prune_weights", report)
     return result
 
 

@@ -14,6 +14,7 @@ from ...errors import RequestError
 from ...passes.axes.axes import as_keep, infer_axes
 from ...passes.axes.axis_kinds import BRANCH
 from ...passes.graph.copying import deep_copy
+from ...passes.graph.meta import info_of
 from ...passes.modules.counted_norms import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
 from ...passes.shrink.plan import Plan, plan_axes
 from ..training.batches import LabelledData
@@ -96,7 +97,7 @@ _COUNTED = CountedGroupNorm | CountedLayerNorm | CountedRMSNorm
 
 
 def _plan(small: fx.GraphModule, early: fx.GraphModule) -> Plan:
-    info = small.meta.get("info", {})
+    info = info_of(small)
     report = info.get("sparsify") or info.get("prune")
     if report is None:
         raise RequestError("the smaller model carries no report: it has to come from sparsify or prune")

@@ -18,6 +18,7 @@ from ...errors import RequestError
 from ...passes.axes.axes import Axes, as_keep, infer_axes
 from ...passes.axes.axis_kinds import BRANCH
 from ...passes.dims.dims import Atom
+from ...passes.graph.meta import add_info
 from ...passes.shrink.shrink import shrink_axes
 from ..importance.activations import activation_scores
 from ..importance.scores import Context, Scores
@@ -205,7 +206,7 @@ class Sparsifier(Hook):
         }
         learned = self.learned if self.learned is not None else self._share
         report |= {"learned": learned, "left": self._share, "surgeries": self.surgeries, "kept": self.kept.table()}
-        self.model.meta["info"] = {**self.model.meta.get("info", {}), "sparsify": report}
+        add_info(self.model, "sparsify", report)
         return self.model
 
     # --- the model as it is -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import fx, nn
 from ...errors import RequestError
 from ...passes.capture.capture import capture
 from ...passes.graph.copying import deep_copy
+from ...passes.graph.meta import is_captured
 from ..pruning.cost_left import one_target
 from ..pruning.ranking import Limits
 from ..training.batch_growth import GrowBatch
@@ -101,8 +102,7 @@ def sparsify(
         metric=metric, target=target, strength=strength, penalty_ratio=penalty_ratio, epochs=epochs, finetune=finetune,
         shrink_every=shrink_every, kinds=tuple(kinds), limits=limits, ema=ema, grow_batch=grow_batch, distill=distill,
     )  # fmt: skip
-    whole = isinstance(model, fx.GraphModule) and "inputs" in model.meta
-    gm: Any = deep_copy(model) if whole else capture(model, examples_of(data))
+    gm: Any = deep_copy(model) if is_captured(model) else capture(model, examples_of(data))
     teacher = deep_copy(gm) if distill else None
     work = Sparsifier(gm, request, loss_fn, data)
     options: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "seed": seed, "optimizer": optimizer}

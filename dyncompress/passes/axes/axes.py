@@ -10,6 +10,7 @@ from ...errors import RequestError
 from ..dims.dims import Atom, Dim, coordinates, leaves
 from ..dims.rule_registry import Typing
 from ..dims.type_graph import type_graph
+from ..graph.meta import is_captured
 from ..graph.nodes import attribute
 from .axis_kinds import BRANCH, kind_of
 from .branches import Branch, find_branches
@@ -104,7 +105,7 @@ def infer_axes(gm: fx.GraphModule) -> Axes:
     Raises:
         RequestError: `gm` was not made by `capture`.
     """
-    if not isinstance(gm, fx.GraphModule) or "inputs" not in gm.meta:
+    if not is_captured(gm):
         raise RequestError(f"expected a model from capture(), got {type(gm).__name__}")
     return Axes(type_graph(gm))
 

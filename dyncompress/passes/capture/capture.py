@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from ...errors import RequestError
 from ..graph.cost import CAPTURE_BATCH
 from ..graph.inputs import Inputs, split_inputs
+from ..graph.meta import is_captured
 from ..graph.restoring import evaluating, untouched
 from .lift import lift
 from .opaque_recurrent import opaque_recurrent_layers
@@ -47,7 +48,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> fx.GraphModule:
     Raises:
         RequestError: torch.export refuses the model; the message names the line of the model's own source.
     """
-    if isinstance(model, fx.GraphModule) and "inputs" in model.meta:
+    if is_captured(model):
         return model
     if not isinstance(model, nn.Module):
         raise RequestError(f"expected a torch.nn.Module to capture, got {type(model).__name__}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.copying import LazyGraphModule
+from ..graph.meta import FixedInput, Input, TensorInput, set_inputs
 from ..graph.nodes import attribute
 from .module_builders import MODULE_BUILDERS
 
@@ -45,7 +46,7 @@ def lift(graph: fx.Graph, owner: nn.Module, model: nn.Module) -> fx.GraphModule:
     for path, module in root.named_modules():
         if module._non_persistent_buffers_set:  # GraphModule copies tensors without this mark
             result.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
-    result.meta["inputs"] = _input_specs(result.graph)
+    set_inputs(result, map(_input, result.graph.find_nodes(op="placeholder")))
     return result.train(model.training)
 
 
@@ -315,13 +316,8 @@ def _concrete_meta(node: fx.Node) -> None:
     node.meta = meta
 
 
-def _input_specs(graph: fx.Graph) -> list[dict[str, Any]]:
-    specs = []
-    for node in graph.find_nodes(op="placeholder"):
-        val = node.meta.get("val")
-        if isinstance(val, Tensor):
-            shape, dtype = list(val.shape), str(val.dtype).removeprefix("torch.")
-            specs.append({"name": node.name, "shape": shape, "dtype": dtype, "dynamic": node.meta["dynamic"]})
-        else:
-            specs.append({"name": node.name, "value": val})
-    return specs
+def _input(node: fx.Node) -> Input:
+    val = node.meta.get("val")
+    if isinstance(val, Tensor):
+        return TensorInput(node.name, tuple(val.shape), val.dtype, tuple(node.meta["dynamic"]))
+    return FixedInput(node.name, val)

@@ -7,6 +7,7 @@ from torch import fx
 from ..dims.rule_registry import Typing
 from ..dims.type_graph import type_graph
 from ..graph.cost import node_macs
+from ..graph.meta import gates_of
 from .flow import Flow
 
 
@@ -49,7 +50,7 @@ def cut_points(gm: fx.GraphModule, types: Typing | None = None) -> list[CutPoint
 
 
 def _of_gates(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return "gates" in gm.meta and node.meta.get("path", "").partition(".")[0] == "gates"
+    return bool(gates_of(gm)) and node.meta.get("path", "").partition(".")[0] == "gates"
 
 
 def blocks(gm: fx.GraphModule, types: Typing | None = None) -> list[Block]:

@@ -1,18 +1,25 @@
 """What a graph puts out: which output holds the logits, all logits of a graph with exits, what they need."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
+from ..graph.meta import is_dynamic
 
 OWN = "own"  # for `exits`: the classifiers of a model that has several
 
 
 def all_logits(gm: fx.GraphModule) -> list[fx.Node]:
-    """The outputs of a graph with exits, early first, the final logits last."""
+    """The outputs of a graph with exits or gates, early first, the final logits last.
+
+    Raises:
+        RequestError: it has neither.
+    """
+    if not is_dynamic(gm):
+        raise RequestError("the graph has neither exits nor skip gates; run InsertExits on it first, or InsertGates")
     return list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
@@ -65,6 +72,12 @@ def _named_logits(gm: fx.GraphModule) -> fx.Node | None:
     output = pytree.tree_unflatten(flat, info.out_spec)
     named = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
     return named if isinstance(named, fx.Node) else None
+
+
+def set_logits(gm: fx.GraphModule, logits: Sequence[fx.Node]) -> None:
+    """Lets a graph return these logits, early first: the plain tuple of them, or the last where it is not dynamic."""
+    gm.graph.output_node().args = (tuple(logits) if is_dynamic(gm) else logits[-1],)
+    plain_outputs(gm.graph)
 
 
 def plain_outputs(graph: fx.Graph) -> None:

@@ -14,6 +14,7 @@ from ..edit.graft import insert_head
 from ..edit.outputs import OWN, find_logits
 from ..graph.cost import count_macs, node_macs
 from ..graph.graph_pass import GraphPass, PassResult
+from ..graph.meta import exits_of
 from ..modules.multi_layer_heads import Cascade, Ensemble
 from ..rewrites.unstack_recurrent import unstack_recurrent
 from .exit_places import EVERY, after_every_block, at_equal_shares, by_name, exit_places
@@ -35,7 +36,7 @@ class InsertExits(GraphPass):
 
     `head` is one of `HEAD_KINDS` (`head_choice`), the same for all. The heads become the modules ``exits.0``,
     ``exits.1``, ...; the graph's output becomes the plain tuple of every exit's logits, (batch, classes) or (batch,
-    time, classes), the model's own last; `gm.meta["exits"]` lists the nodes that the exits follow.
+    time, classes), the model's own last; `exits_of` names the nodes that the exits follow.
 
     Raises:
         RequestError: the model has no logits output of such a shape, too few places for exits, or none for such heads.
@@ -56,7 +57,7 @@ class InsertExits(GraphPass):
             raise RequestError(f"head={self.head!r}: use one of {', '.join(HEAD_KINDS)}")
 
     def rewrite(self, gm: fx.GraphModule) -> PassResult:
-        if gm.meta.get("exits") or hasattr(gm, "exits"):
+        if exits_of(gm) or hasattr(gm, "exits"):
             raise RequestError("the model already has a module named 'exits'; insert all exits in one pass")
         unstacked: list[str] = []
         if self.exits == OWN:
@@ -102,7 +103,6 @@ def _report(gm: fx.GraphModule) -> dict[str, Any]:
 def _insert(
     gm: fx.GraphModule, flow: Flow, logits: fx.Node, places: list[Place], chosen: list[Place], kind: str
 ) -> None:
-    output = gm.graph.output_node()
     early, followed = [], []
     before: fx.Node | None = None
     for k, place in enumerate(chosen):
@@ -116,8 +116,7 @@ def _insert(
         else:
             early.append(insert_head(gm, path, make_head(kind, place), (at,), at))
         followed.append(at.name)
-    output.args = ((*early, logits),)
-    finish_exits(gm, followed)
+    finish_exits(gm, followed, [*early, logits])
 
 
 def _cascade(gm: fx.GraphModule, path: str, place: Place, before: fx.Node | None, k: int) -> fx.Node:

@@ -23,8 +23,7 @@ def use_own_exits(gm: fx.GraphModule) -> None:
             f"{len(flat)} outputs, {len(logits)} of them logits"
         )
     followed = [_read_by_head(gm, logits, k).name for k in range(len(logits) - 1)]
-    gm.graph.output_node().args = (tuple(logits),)
-    finish_exits(gm, followed)
+    finish_exits(gm, followed, logits)
 
 
 def _read_by_head(gm: fx.GraphModule, logits: list[fx.Node], k: int) -> fx.Node:

@@ -10,6 +10,7 @@ from torch import fx
 
 from ...errors import RequestError
 from ..edit.outputs import all_logits, needed_for
+from ..graph.meta import exits_of
 from ..modules.exit_heads import ExitHead
 
 
@@ -27,15 +28,15 @@ class Exit:
 
 
 def graph_exits(gm: fx.GraphModule) -> list[Exit]:
-    """The early exits of a graph.
+    """The early exits of a graph, [] without any.
 
     Raises:
-        RequestError: it has none.
+        RequestError: what one of them followed is gone.
     """
-    if not gm.meta.get("exits"):
-        raise RequestError("the graph has no exits; run InsertExits on it first")
+    if not exits_of(gm):
+        return []
     found = []
-    for name, logits in zip(gm.meta["exits"], all_logits(gm)[:-1], strict=True):
+    for name, logits in zip(exits_of(gm), all_logits(gm)[:-1], strict=True):
         at = _followed(gm, name, logits)
         nodes = _back_to(at, logits)
         found.append(Exit(at, tuple(n for n in gm.graph.nodes if n in nodes), logits))

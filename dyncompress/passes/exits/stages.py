@@ -18,6 +18,7 @@ from ..gates.read_gates import graph_gates
 from ..gates.run_gated import Skipping
 from ..graph.copying import LazyGraphModule
 from ..graph.cost import node_macs
+from ..graph.meta import gates_of
 from .read_exits import Exit, exit_nodes, graph_exits
 
 
@@ -49,7 +50,7 @@ def without_exits(gm: fx.GraphModule) -> fx.GraphModule:
     Branches with a skip gate run on the samples that need them.
     """
     whole = _without(gm, exit_nodes(gm))
-    skipping = _skipping(gm, whole, Flow(whole, type_graph(whole))) if gm.meta.get("gates") else None
+    skipping = _skipping(gm, whole, Flow(whole, type_graph(whole))) if gates_of(gm) else None
     if skipping is None:
         return whole
     graph, branches = fx.Graph(), nn.Module()
@@ -68,7 +69,7 @@ def _without(gm: fx.GraphModule, dropped: Collection[fx.Node]) -> fx.GraphModule
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node.op == "output":
-            graph.output(copies[node.args[0][-1]])
+            graph.output(copies[all_logits(gm)[-1]])
         elif node not in dropped:
             copies[node] = _copy_into(graph, node, copies)
     return _body(gm, graph)
@@ -80,7 +81,7 @@ def split_stages(gm: fx.GraphModule) -> list[Stage]:
     Raises:
         RequestError: the graph has neither exits nor skip gates, or an exit where it cannot be cut.
     """
-    exits = graph_exits(gm) if gm.meta.get("exits") or not gm.meta.get("gates") else []
+    exits = graph_exits(gm)
     whole = _without(gm, {node for exit in exits for node in exit.nodes})
     flow, head_macs = Flow(whole, type_graph(whole)), node_macs(gm)
     skipping = _skipping(gm, whole, flow)

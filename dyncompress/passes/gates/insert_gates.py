@@ -23,6 +23,7 @@ from ..edit.graft import container, inline, insert_head
 from ..edit.outputs import find_logits, plain_outputs
 from ..graph.cost import node_macs
 from ..graph.graph_pass import GraphPass, PassResult
+from ..graph.meta import GateNames, exits_of, gates_of, set_gates
 from ..modules.gate_modules import ConvGate, Embedding, PolicyNetwork, PooledGate, RecurrentGate
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ class InsertGates(GraphPass):
     """Adds a skip gate to residual branches: all that can be skipped, or the named ones.
 
     `gate` is one of `GATES` (`gate_modules`). The gates become the modules ``gates.0``, ``gates.1``, ... (a policy:
-    ``gates``); `gm.meta["gates"]` lists for each the branch and the nodes of its logit and its decision. The graph's
+    ``gates``); `gates_of` names for each the branch and the nodes of its logit and its decision. The graph's
     output becomes the plain tuple of the logits.
 
     Raises:
@@ -56,15 +57,15 @@ class InsertGates(GraphPass):
             raise RequestError(f"gate={self.gate!r}: use one of {', '.join(GATES)}")
 
     def rewrite(self, gm: fx.GraphModule) -> PassResult:
-        if "gates" in gm.meta or hasattr(gm, "gates"):
+        if gates_of(gm) or hasattr(gm, "gates"):
             raise RequestError("the model already has a module named 'gates'; insert all gates in one pass")
-        if not gm.meta.get("exits"):
+        if not exits_of(gm):
             _answer_alone(gm, find_logits(gm))
         types = type_graph(gm)
         chosen, left = self._chosen(gm, types)
         before = sum(node_macs(gm).values())
         records = _insert(gm, types, chosen, self.gate)
-        gm.meta["gates"] = records
+        set_gates(gm, records)
         gm.graph.lint()
         gm.recompile()
         spent = sum(node_macs(gm).values()) - before
@@ -141,16 +142,15 @@ def _answer_alone(gm: fx.GraphModule, logits: fx.Node) -> None:
     plain_outputs(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
-    gm.meta["exits"] = []
 
 
-def _insert(gm: fx.GraphModule, types: Typing, places: list[_Place], kind: str) -> list[dict[str, str]]:
+def _insert(gm: fx.GraphModule, types: Typing, places: list[_Place], kind: str) -> list[GateNames]:
     gm.add_submodule("gates", nn.Module())
     logits = _WRITERS[kind](gm, places)
     records = []
     for place, logit in zip(places, logits, strict=True):
         decision = _multiply(gm, place, logit)
-        records.append({"branch": place.branch.name, "logit": logit.name, "open": decision.name})
+        records.append(GateNames(place.branch.name, logit.name, decision.name))
     return records
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 
 from ..edit.graft import container
+from ..graph.meta import GateNames, gates_of
 
 aten = torch.ops.aten
 
@@ -36,15 +37,13 @@ def graph_gates(gm: fx.GraphModule, graph: fx.Graph | None = None) -> list[Gate]
     nodes = list((graph or gm.graph).nodes)
     named = {node.name: node for node in nodes}
     order = {node: i for i, node in enumerate(nodes)}
-    records = [record for record in gm.meta.get("gates", []) if record["open"] in named]
+    records = [record for record in gates_of(gm) if record.open in named]
     unread = _unread(nodes) if records else {}
     return [_gate(record, named, order, unread) for record in records]
 
 
-def _gate(
-    record: dict[str, str], named: dict[str, fx.Node], order: dict[fx.Node, int], unread: dict[fx.Node, None]
-) -> Gate:
-    opened = named[record["open"]]
+def _gate(record: GateNames, named: dict[str, fx.Node], order: dict[fx.Node, int], unread: dict[fx.Node, None]) -> Gate:
+    opened = named[record.open]
     scale: list[fx.Node] = []
     factor = opened
     while not scale or scale[-1].target is not aten.mul.Tensor:
@@ -55,7 +54,7 @@ def _gate(
     (total,) = factor.users
     shortcut = next(n for n in total.all_input_nodes if n is not factor)
     region = sorted(_serving(end, factor, unread), key=order.__getitem__)
-    return Gate(record["branch"], named[record["logit"]], opened, tuple(scale), end, tuple(region), shortcut, total)
+    return Gate(record.branch, named[record.logit], opened, tuple(scale), end, tuple(region), shortcut, total)
 
 
 def inside_gates(gm: fx.GraphModule) -> set[fx.Node]:

@@ -3,6 +3,7 @@
 from torch import fx
 
 from ..edit.graft import container
+from ..graph.meta import exits_of, set_gates
 from .read_gates import graph_gates
 
 
@@ -18,11 +19,12 @@ def without_gates(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node.op == "output":
             logits = tuple(copies[n] for n in node.args[0])
-            graph.output(logits if gm.meta.get("exits") else logits[0])
+            graph.output(logits if exits_of(gm) else logits[0])
         else:
             copies[node] = copies[whole[node]] if node in whole else graph.node_copy(node, copies.__getitem__)
     opened = fx.GraphModule(container(gm), graph)
-    opened.training, opened.meta = gm.training, {key: value for key, value in gm.meta.items() if key != "gates"}
+    opened.training, opened.meta = gm.training, dict(gm.meta)
+    set_gates(opened, ())
     opened.graph.eliminate_dead_code()
     opened.delete_all_unused_submodules()
     opened.recompile()

@@ -8,7 +8,9 @@ from torch import fx
 from ...errors import RequestError
 from ..axes.branches import find_branches, remove_branches
 from ..dims.type_graph import type_graph
+from ..edit.outputs import all_logits, set_logits
 from ..graph.graph_pass import GraphPass, PassResult
+from ..graph.meta import exits_of, gates_of, set_gates
 from .read_gates import graph_gates
 
 
@@ -19,7 +21,8 @@ class SettleGates(GraphPass):
     1. A branch in `always` runs for every sample.
     2. A branch in `never` leaves the model; where it was added, the shortcut goes on alone.
 
-    A recurrent gate's step stays where a later gate reads its state, a policy where it decides other branches.
+    A recurrent gate's step stays where a later gate reads its state, a policy where it decides other branches. Without
+    its last gate the graph answers with its logits alone, as a static model does.
 
     Raises:
         RequestError: a branch without a gate, or in both; early exits, which may follow what would leave.
@@ -36,7 +39,7 @@ class SettleGates(GraphPass):
             raise RequestError(f"a branch cannot run always and never: {', '.join(sorted(both))}")
 
     def rewrite(self, gm: fx.GraphModule) -> PassResult:
-        if gm.meta.get("exits"):
+        if exits_of(gm):
             raise RequestError("the model has exits: settle its gates before convert adds them")
         gates = {gate.branch: gate for gate in graph_gates(gm)}
         for name in (*self.always, *self.never):
@@ -44,9 +47,9 @@ class SettleGates(GraphPass):
                 raise RequestError(f"{name!r} has no gate; those that have one: {', '.join(gates) or 'none'}")
             gates[name].scale[-1].replace_all_uses_with(gates[name].end)
         gone = {(gates[name].total.name, gates[name].shortcut.name): name for name in self.never}
-        gm.meta["gates"] = [g for g in gm.meta["gates"] if g["branch"] not in (*self.always, *self.never)]
-        if not gm.meta["gates"]:
-            del gm.meta["gates"]
+        logits = all_logits(gm)
+        set_gates(gm, [gate for gate in gates_of(gm) if gate.branch not in (*self.always, *self.never)])
+        set_logits(gm, logits)
         gm.graph.eliminate_dead_code()
         if gone:
             found = {(b.total.name, b.shortcut.name): b for b in find_branches(type_graph(gm))}

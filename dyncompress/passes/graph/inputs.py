@@ -7,6 +7,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
+from .meta import FixedInput, Input, TensorInput, inputs_of
 
 
 def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -19,7 +20,7 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
     values = _in_order(_argument_names(gm), args, kwargs)
     flat = _flatten(values, info.in_spec)
     floats = next((p for p in gm.parameters() if p.is_floating_point()), None)
-    for expected, leaf in zip(gm.meta["inputs"], flat, strict=True):
+    for expected, leaf in zip(inputs_of(gm), flat, strict=True):
         _check(expected, leaf, floats)
     return flat
 
@@ -30,7 +31,7 @@ def batch_size(gm: fx.GraphModule, flat: list[Any]) -> int:
     Raises:
         RequestError: the inputs disagree about it.
     """
-    sizes = {s["name"]: len(x) for s, x in zip(gm.meta["inputs"], flat, strict=True) if 0 in s.get("dynamic", ())}
+    sizes = {given.name: len(x) for given, x in zip(inputs_of(gm), flat, strict=True) if given.per_sample}
     if len(set(sizes.values())) > 1:
         raise RequestError(f"the inputs have different numbers of samples: {sizes}")
     return next(iter(sizes.values()))
@@ -110,24 +111,24 @@ def _flatten(values: list[Any], wanted: pytree.TreeSpec) -> list[Any]:
     return flat
 
 
-def _check(expected: dict[str, Any], leaf: Any, floats: Tensor | None) -> None:
-    name = expected["name"]
-    if "value" in expected:
-        if leaf != expected["value"]:
+def _check(expected: Input, leaf: Any, floats: Tensor | None) -> None:
+    name = expected.name
+    if isinstance(expected, FixedInput):
+        if leaf != expected.value:
             raise RequestError(
-                f"input '{name}' is {leaf!r}; the model was captured with {expected['value']!r} there, capture it again"
+                f"input '{name}' is {leaf!r}; the model was captured with {expected.value!r} there, capture it again"
             )
         return
     if not isinstance(leaf, Tensor):
         raise RequestError(f"input '{name}' is a {type(leaf).__name__}; give a torch.Tensor")
-    _check_shape(name, expected, leaf)
-    _check_dtype(name, getattr(torch, expected["dtype"]), leaf, floats)
+    _check_shape(expected, leaf)
+    _check_dtype(name, expected.dtype, leaf, floats)
     if floats is not None and leaf.device != floats.device:
         raise RequestError(f"input '{name}' is on {leaf.device}, the model on {floats.device}; move one of them")
 
 
-def _check_shape(name: str, expected: dict[str, Any], leaf: Tensor) -> None:
-    shape, free = expected["shape"], expected["dynamic"]
+def _check_shape(expected: TensorInput, leaf: Tensor) -> None:
+    name, shape, free = expected.name, expected.shape, expected.dynamic
     fits = leaf.dim() == len(shape) and all(d in free or s == leaf.shape[d] for d, s in enumerate(shape))
     if not fits:
         sizes = ["batch" if d == 0 else "any" if d in free else s for d, s in enumerate(shape)]

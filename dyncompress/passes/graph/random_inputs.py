@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
 from .inputs import Inputs, batch_size, flat_inputs, split_inputs
+from .meta import FixedInput, TensorInput, inputs_of
 from .nodes import op_name
 
 _KEEP_VALUES = {
@@ -29,12 +30,12 @@ def random_inputs(gm: fx.GraphModule, batch: int, *, shorter: bool = False) -> l
     draw = torch.Generator().manual_seed(batch)
     floats = next((p.dtype for p in gm.parameters() if p.is_floating_point()), None)
     flat = []
-    for spec, node in zip(gm.meta["inputs"], gm.graph.find_nodes(op="placeholder"), strict=True):
-        if "value" in spec:
-            flat.append(spec["value"])
+    for spec, node in zip(inputs_of(gm), gm.graph.find_nodes(op="placeholder"), strict=True):
+        if isinstance(spec, FixedInput):
+            flat.append(spec.value)
             continue
-        shape = [_size(spec, d, batch, shorter) for d in range(len(spec["shape"]))]
-        dtype = getattr(torch, spec["dtype"])
+        shape = [_size(spec, d, batch, shorter) for d in range(len(spec.shape))]
+        dtype = spec.dtype
         if dtype.is_floating_point:
             flat.append(_magnitudes(shape, draw).to(floats or dtype))
         elif (count := _table_rows(gm, node)) is not None:
@@ -56,7 +57,7 @@ def given_inputs(gm: fx.GraphModule, inputs: Inputs, batch: int) -> list[Any]:
     if count == 0:
         raise RequestError("inputs= holds no samples to check on; give at least one")
     rows = torch.arange(batch) % count
-    return [x[rows] if 0 in s.get("dynamic", ()) else x for s, x in zip(gm.meta["inputs"], flat, strict=True)]
+    return [x[rows] if given.per_sample else x for given, x in zip(inputs_of(gm), flat, strict=True)]
 
 
 def call_flat(function: Callable[..., Any], gm: fx.GraphModule, flat: Sequence[Any]) -> Any:
@@ -65,9 +66,9 @@ def call_flat(function: Callable[..., Any], gm: fx.GraphModule, flat: Sequence[A
     return function(*args, **kwargs)
 
 
-def _size(spec: dict[str, Any], d: int, batch: int, shorter: bool) -> int:
-    size = int(spec["shape"][d])
-    if d not in spec["dynamic"]:
+def _size(spec: TensorInput, d: int, batch: int, shorter: bool) -> int:
+    size = spec.shape[d]
+    if d not in spec.dynamic:
         return size
     return batch if d == 0 else max(size - shorter, 1)
 

@@ -13,6 +13,7 @@ from ...errors import RequestError
 from ..axes.axes import Axes, as_keep, infer_axes
 from ..dims.dims import Atom, Dim, kept_indices
 from ..graph.inputs import Inputs
+from ..graph.meta import is_captured
 from ..graph.random_inputs import given_inputs, random_inputs
 from ..graph.restoring import evaluating
 from .plan import masked_copy, plan_axes
@@ -74,7 +75,7 @@ def verify(
     Raises:
         RequestError: the names or indices in `keep` are not the original's, or the inputs do not fit.
     """
-    if not isinstance(small, fx.GraphModule) or "inputs" not in small.meta:
+    if not is_captured(small):
         raise RequestError(f"verify compares captured models; small is a {type(small).__name__}")
     flat = random_inputs(original, _BATCH) if inputs is None else given_inputs(original, inputs, _BATCH)
     axes = infer_axes(original)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ...errors import DynCompressError, RequestError
+from ...passes.graph.meta import info_of, plain_meta, read_meta
 from ..predict.dynamic import DynamicModel
 from ..predict.policy import ExitPolicy, OperatingPolicy
 from .call_json import check_identifier, encode_call, set_call
@@ -34,8 +35,8 @@ def save(
 
     Args:
         path: conventionally ending in ``.dyn.safetensors``.
-        info: anything of numbers, text, lists and dicts, such as accuracies and the resolved recipe; it comes back in
-            the graph's ``meta["info"]`` (a dynamic model's graph is its ``trunk``). By default what is there already.
+        info: anything of numbers, text, lists and dicts, such as accuracies and the resolved recipe; it comes back
+            with the model (`info_of`). By default what the model carries already, the reports of what was done to it.
         overwrite: whether a file at `path` may be replaced.
 
     Raises:
@@ -114,14 +115,14 @@ def describe(model: nn.Module, table: Table, info: dict[str, Any] | None) -> dic
 
 
 def _encode_meta(gm: fx.GraphModule, info: dict[str, Any] | None) -> Any:
-    meta = encode({k: v for k, v in gm.meta.items() if k != "info"}, "this model cannot be saved: its meta")
-    info = gm.meta.get("info") if info is None else info
-    if info is None:
-        return meta
-    if not isinstance(info, dict):
+    meta = encode(plain_meta(gm), "this model cannot be saved: its meta")
+    if info is not None and not isinstance(info, dict):
         raise RequestError(f"info must be a dict, got {type(info).__name__}")
+    carried = info_of(gm) if info is None else info
+    if not carried:
+        return meta
     try:
-        meta["dict"]["info"] = encode(info, "info")
+        meta["dict"]["info"] = encode(carried, "info")
     except DynCompressError as error:
         raise RequestError(f"{error}: give plain numbers, text, lists and dicts") from error
     return meta
@@ -152,7 +153,7 @@ def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     # The constructor keeps only what the graph uses, in that order; the model had its own.
     gm._modules, gm._parameters, gm._buffers = root._modules, root._parameters, root._buffers
     gm._non_persistent_buffers_set = root._non_persistent_buffers_set
-    gm.meta.update(decode(document["meta"]))
+    read_meta(gm, decode(document["meta"]))
     model = _dynamic(gm, document) if document["kind"] == "dynamic" else gm
     _set_modes(model, gm, document)
     return model

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from ...errors import DynCompressError, RequestError
 from ...passes.graph.copying import deep_copy
 from ...passes.graph.inputs import Inputs
+from ...passes.graph.meta import inputs_of, is_captured
 from ...passes.graph.random_inputs import call_flat, given_inputs, random_inputs
 from ..predict.dynamic import DynamicModel
 from .check import BATCHES, Tolerance, check_file
@@ -107,7 +108,7 @@ def _data_of(path: Path) -> Path:
 
 
 def _check_request(model: DynamicModel | fx.GraphModule, path: Path, opset: int, overwrite: bool) -> None:
-    if not isinstance(model, DynamicModel) and not (isinstance(model, fx.GraphModule) and "inputs" in model.meta):
+    if not isinstance(model, DynamicModel) and not is_captured(model):
         raise RequestError(
             f"export_onnx takes a DynamicModel or a captured graph, not a {type(model).__name__}: capture it first, "
             "dc.export_onnx(dc.capture(model, example_inputs), path)"
@@ -150,7 +151,7 @@ def _to_onnx(model: DynamicModel | fx.GraphModule, flat: list[Any], opset: int, 
     if not isinstance(model, DynamicModel):
         graph, outputs = trace_static(_cpu_copy(model), flat, opset)  # a copy: tracing replaces modules
         return compose_static(names, graph, outputs, opset)
-    nobody = [x[:0] if 0 in s.get("dynamic", ()) else x for s, x in zip(gm.meta["inputs"], flat, strict=True)]
+    nobody = [x[:0] if given.per_sample else x for given, x in zip(inputs_of(gm), flat, strict=True)]
     exit_macs = call_flat(model.predict, gm, nobody).exit_macs
     return compose(names, trace_segments(_cpu_copy(model), flat, opset, tunable), exit_macs, opset)
 

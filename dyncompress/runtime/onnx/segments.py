@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import DynCompressError
 from ...passes.exits.stages import Stage, split_stages
+from ...passes.graph.meta import TensorInput, inputs_of
 from ...passes.graph.random_inputs import call_flat
 from ..predict.dynamic import DynamicModel
 from ..predict.policy import RULES, ExitPolicy, State
@@ -167,7 +168,7 @@ def _own_memory(value: Value) -> Value:
 
 def _free_dims(gm: fx.GraphModule) -> dict[str, list[int] | None]:
     """By name, the dims of every tensor input that vary."""
-    return {spec["name"]: list(spec["dynamic"]) for spec in gm.meta["inputs"] if "dynamic" in spec}
+    return {given.name: list(given.dynamic) for given in inputs_of(gm) if isinstance(given, TensorInput)}
 
 
 # --- static models -----------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def trace_static(gm: fx.GraphModule, flat: Sequence[Any], opset: int) -> tuple[i
     """
     names = output_names(gm)
     use_onnx_layers(gm)
-    inputs = {s["name"]: x for s, x in zip(gm.meta["inputs"], flat, strict=True) if isinstance(x, Tensor)}
+    inputs = {given.name: x for given, x in zip(inputs_of(gm), flat, strict=True) if isinstance(x, Tensor)}
     return trace(_Static(gm, flat), inputs, _free_dims(gm), opset).graph, names
 
 

@@ -5,19 +5,20 @@ would read its weights too often.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ...passes.graph.meta import Input, TensorInput
+
 _BYTES, _LEAST = 4 * 2**20, 32
 
 
-def bytes_per_sample(gm: fx.GraphModule, meta: Mapping[str, Any]) -> int:
-    """Bytes of the largest value a graph computes, for one sample of the size in the `meta` of the captured graph."""
-    batch = next(spec["shape"][0] for spec in meta["inputs"] if 0 in spec.get("dynamic", ()))
+def largest_value_bytes(gm: fx.GraphModule, inputs: Iterable[Input]) -> int:
+    """Bytes of the largest value a graph computes, for one sample; `inputs` are those of the captured graph."""
+    batch = next(given.shape[0] for given in inputs if isinstance(given, TensorInput) and given.per_sample)
     computed = [node.meta.get("val") for node in gm.graph.nodes if node.op in ("call_module", "call_function")]
     tensors = [value for value in pytree.tree_leaves(computed) if isinstance(value, Tensor)]
     return max((tensor.numel() * tensor.element_size() // batch for tensor in tensors), default=0)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ...errors import RequestError
 from ...passes.graph.inputs import Inputs, split_inputs
+from ...passes.graph.meta import exits_of, gates_of
 from .arrivals import as_asked_for, as_they_come
 from .deadline import Deadline
 from .pieces import Pieces, Prediction
@@ -92,12 +93,12 @@ class DynamicModel(nn.Module):
     @property
     def exits(self) -> list[str]:
         """The graph nodes that the early exits follow."""
-        return list(self.trunk.meta.get("exits", []))
+        return list(exits_of(self.trunk))
 
     @property
     def gates(self) -> list[str]:
         """The residual branches that may be skipped, in graph order."""
-        return [gate["branch"] for gate in self.trunk.meta.get("gates", [])]
+        return [gate.branch for gate in gates_of(self.trunk)]
 
     @property
     def branch_macs(self) -> list[int]:

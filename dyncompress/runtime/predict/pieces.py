@@ -16,9 +16,10 @@ from ...passes.exits.stages import Stage, split_stages, without_exits
 from ...passes.gates.run_gated import GatedBranch
 from ...passes.graph.cost import count_macs
 from ...passes.graph.inputs import CallReader
+from ...passes.graph.meta import inputs_of
 from ...passes.graph.restoring import evaluating
 from .batched_decisions import use_one_read
-from .cache_blocks import blocks, bytes_per_sample
+from .cache_blocks import blocks, largest_value_bytes
 from .fast_graph import make_lean
 
 
@@ -96,8 +97,8 @@ class Pieces:
         self.stages: list[Stage] = split_stages(trunk)
         self.static_macs = count_macs(self.static)
         self.calls = CallReader(trunk)
-        self._bytes = [bytes_per_sample(stage.body, trunk.meta) for stage in self.stages]
-        self.per_sample = [0 in spec.get("dynamic", ()) for spec in trunk.meta["inputs"]]
+        self._bytes = [largest_value_bytes(stage.body, inputs_of(trunk)) for stage in self.stages]
+        self.per_sample = [given.per_sample for given in inputs_of(trunk)]
         self.evaluating = _Modes(trunk)
         for piece in (self.static, *(stage.body for stage in self.stages)):
             for module in piece.children():

@@ -14,6 +14,7 @@ from dyncompress.passes.capture import capture as capturing
 from dyncompress.passes.capture import output_shapes
 from dyncompress.passes.capture.recording import Unrecorded
 from dyncompress.passes.capture.symbolic_sizes import recorded
+from dyncompress.passes.graph.meta import TensorInput, inputs_of
 
 aten = torch.ops.aten
 
@@ -43,7 +44,7 @@ def test_a_recording_is_what_export_gives(monkeypatch: pytest.MonkeyPatch, name:
     torch.manual_seed(0)
     model, x = build(name).eval(), example_input(name)
     ours, reference = dc.capture(model, x), exported(monkeypatch, model, x)
-    assert ours.meta["inputs"] == reference.meta["inputs"]
+    assert inputs_of(ours) == inputs_of(reference)
     assert ours.graph._codegen.pytree_info == reference.graph._codegen.pytree_info  # type: ignore[attr-defined]
     assert {n.target for n in ours.graph.find_nodes(op="call_module")} == {
         n.target for n in reference.graph.find_nodes(op="call_module")
@@ -167,7 +168,8 @@ def test_a_loop_over_time_fixes_the_length() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return torch.stack([x.tanh() for x in self.embed(ids).unbind(1)], 1)
 
-    assert dc.capture(Steps(), torch.randint(0, 9, (2, 6))).meta["inputs"][0]["dynamic"] == [0]
+    (steps,) = inputs_of(dc.capture(Steps(), torch.randint(0, 9, (2, 6))))
+    assert isinstance(steps, TensorInput) and steps.dynamic == (0,)
 
 
 @pytest.mark.parametrize("name", ["resnet-digits", "vit-digits", "text-encoder", "msdnet-cifar"])

@@ -14,6 +14,7 @@ from dyncompress.passes.edit.outputs import find_logits
 from dyncompress.passes.exits.insert_exits import InsertExits
 from dyncompress.passes.graph.copying import deep_copy
 from dyncompress.passes.graph.cost import count_macs, count_parameters
+from dyncompress.passes.graph.meta import exits_of
 from dyncompress.passes.modules.exit_heads import HEADS, ImageHead, TokenHead, VectorHead
 from dyncompress.passes.rewrites.unstack_recurrent import unstack_recurrent
 
@@ -40,7 +41,7 @@ def test_the_graph_before_and_after() -> None:
     gm = capture(Tiny(), torch.randn(1, 1, 8, 8))
     before = gm.code
     new = InsertExits(1)(gm)
-    assert gm.code == before and "exits" not in gm.meta and not hasattr(gm, "exits")
+    assert gm.code == before and not exits_of(gm) and not hasattr(gm, "exits")
     expected = """\
 def forward(self, x):
     x, = fx_pytree.tree_flatten_spec(([x], {}), self._in_spec)
@@ -53,7 +54,7 @@ def forward(self, x):
     fc = self.fc(mean);  mean = None
     return (exits_0, fc)"""
     assert new.gm.code.strip() == expected
-    assert new.modified and new.gm.meta["exits"] == ["relu"]
+    assert new.modified and exits_of(new.gm) == ("relu",)
     new.gm.graph.lint()
 
 
@@ -80,7 +81,7 @@ def test_the_last_output_is_the_models_own(name: str) -> None:
 )
 def test_exits_follow_whole_blocks_at_equal_shares(name: str, at: list[str]) -> None:
     gm = graph_with_exits(name)
-    assert gm.meta["exits"] == at
+    assert exits_of(gm) == tuple(at)
     report = InsertExits(CASES[name].exits)(graph(name)).report
     assert [e["at"] for e in report["exits"]] == at and report["macs"] == count_macs(graph(name))
 
@@ -157,7 +158,7 @@ def test_a_head_is_rebuilt_from_its_spec(name: str) -> None:
 
 def test_exits_by_name() -> None:
     gm = InsertExits(("relu_6", "relu_2"))(graph("resnet")).gm
-    assert gm.meta["exits"] == ["relu_2", "relu_6"]
+    assert exits_of(gm) == ("relu_2", "relu_6")
     assert str(InsertExits(("relu_2",))) == "insert-exits: {exits: [relu_2], head: auto}"
     assert str(InsertExits()) == "insert-exits: {exits: 3, head: auto}"
     assert InsertExits(["relu_2"]) == InsertExits(("relu_2",))  # as a recipe gives it

@@ -8,9 +8,10 @@ from exit_models import CASES, call, graph, rows
 from gate_models import gated, gated_graph
 
 from dyncompress.passes.exits.insert_exits import InsertExits
+from dyncompress.passes.graph.meta import inputs_of
 from dyncompress.runtime.predict import cache_blocks
 from dyncompress.runtime.predict import pieces as running
-from dyncompress.runtime.predict.cache_blocks import blocks, bytes_per_sample
+from dyncompress.runtime.predict.cache_blocks import blocks, largest_value_bytes
 from dyncompress.runtime.predict.dynamic import DynamicModel
 from dyncompress.runtime.predict.policy import ExitPolicy
 
@@ -47,7 +48,7 @@ def test_every_sample_is_in_one_block(n: int) -> None:
 
 def test_the_largest_activation_counts() -> None:
     """The widest layer of the network, 16 by 16 pixels of 8 channels in float32, and no weight."""
-    assert bytes_per_sample(graph("resnet"), graph("resnet").meta) == 8 * 16 * 16 * 4
+    assert largest_value_bytes(graph("resnet"), inputs_of(graph("resnet"))) == 8 * 16 * 16 * 4
 
 
 @pytest.mark.parametrize(("name", "gates"), [(name, False) for name in CASES] + [("resnet", True)])
