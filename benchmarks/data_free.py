@@ -82,11 +82,11 @@ def measured(row: str, model: torch.nn.Module, splits: Splits, impressions: int)
     seconds = round(time.process_time() - begin, 1)
     test = Subset(splits.test, range(TESTED))
     cached = collect_cached(dynamic, test)
-    search = ThresholdSearch(cached.logits, cached.labels, cached.stage_macs, cached.head_macs)
+    search = ThresholdSearch(cached.logits, cached.labels, cached.stage_costs, cached.head_costs)
     found = evaluate(dynamic, test)
     assert found.mean_macs is not None
     return {
-        f"at_{BUDGET}": round(search.for_macs(BUDGET * dynamic.static_macs).accuracy, 4),
+        f"at_{BUDGET}": round(search.for_cost(BUDGET * dynamic.static_macs).accuracy, 4),
         "chosen": {"accuracy": round(found.accuracy, 4), "macs_share": round(found.mean_macs / dynamic.static_macs, 3)},
         "exits": [round(right, 4) for right in cached.right.mean(1).tolist()],
         "seconds": seconds,

@@ -114,7 +114,7 @@ def measure(net: nn.Module, dynamic: dc.DynamicModel, data: Any) -> dict[str, An
     return {
         "exits": [round(right, 4) for right in test.right.mean(1).tolist()],
         "accuracy": round(played.accuracy, 4),
-        "mean_macs": round(played.mean_macs / whole, 4),
+        "mean_macs": round(played.mean_cost / whole, 4),
         "shares": [round(share, 4) for share in played.shares],
         "at_budget": {str(b): _at(search, test, policy, b, whole) for b in BUDGETS if b * whole > dynamic.exit_macs[0]},
         "largest_ece": round(max(ece), 4),
@@ -124,8 +124,8 @@ def measure(net: nn.Module, dynamic: dc.DynamicModel, data: Any) -> dict[str, An
 
 def _at(search: ThresholdSearch, test: Cached, policy: dc.ExitPolicy, budget: float, whole: float) -> dict[str, float]:
     """Accuracy and mean MACs on the test split within a budget that is met on the calibration split."""
-    found = test.play(replace(policy, thresholds=search.for_macs(budget * whole).thresholds))
-    return {"accuracy": round(found.accuracy, 4), "mean_macs": round(found.mean_macs / whole, 4)}
+    found = test.play(replace(policy, thresholds=search.for_cost(budget * whole).thresholds))
+    return {"accuracy": round(found.accuracy, 4), "mean_macs": round(found.mean_cost / whole, 4)}
 
 
 def _times(net: nn.Module, dynamic: dc.DynamicModel, data: Any, test: Cached) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _times(net: nn.Module, dynamic: dc.DynamicModel, data: Any, test: Cached) ->
             "blocked": round(taken["blocked"] / taken["static"], 3),
             "by_latency": {
                 "accuracy": round(played.accuracy, 4),
-                "mean_macs": round(played.mean_macs / whole, 4),
+                "mean_macs": round(played.mean_cost / whole, 4),
                 "shares": [round(share, 4) for share in played.shares],
                 **_realised(spent, taken["by_latency"], taken["static"]),
             },

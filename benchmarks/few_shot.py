@@ -77,7 +77,7 @@ def measured(row: str, graph: fx.GraphModule, data: Splits, shots: int, seed: in
     stages = split_stages(dynamic.trunk)
     search = ThresholdSearch(logits, labels, [s.macs for s in stages], [s.head_macs for s in stages[:-1]])
     return {
-        f"at_{BUDGET}": round(search.for_macs(BUDGET * dynamic.static_macs).accuracy, 4),
+        f"at_{BUDGET}": round(search.for_cost(BUDGET * dynamic.static_macs).accuracy, 4),
         "exits": [round(float((z.argmax(-1) == labels).double().mean()), 4) for z in logits],
         "seconds": seconds,
     }

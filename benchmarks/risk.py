@@ -94,7 +94,7 @@ def simulate(dynamic: dc.DynamicModel, splits: Any, labelled: bool, draws: int) 
     curve = ThresholdSearch(calibrated, wanted, *costs, rule=policy.rule).curve(POINTS)
     path = risk_path([replace(policy, thresholds=point.thresholds) for point in curve], tuning.logits)
     loss = np.stack([losses(policy, test.logits, test.labels if labelled else None) for policy in path])
-    macs = np.array([test.play(policy).mean_macs for policy in path]) / dynamic.static_macs
+    macs = np.array([test.play(policy).mean_cost for policy in path]) / dynamic.static_macs
     rows = []
     for risk, count in ((0.01, 500), (0.01, 1000), (0.02, 1000), (0.05, 500)):
         step, real = walks(loss, risk, count, labelled, draws), divisions(loss, risk, labelled)

@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 
 import dyncompress as dc
 from dyncompress.cli.report.plots import plot_methods
+from dyncompress.compress.evaluation.reports import to_json
 from dyncompress.model_zoo.zoo import load
 
 MODELS = ("vgg-digits", "lstm-digits")
@@ -27,10 +28,10 @@ def main() -> None:
     train, test = Subset(data.train, range(TRAIN)), Subset(data.test, range(TEST))
     for name in MODELS:
         found = dc.compare(load(name), train, test, shares=SHARES, device="cpu", progress=True)
-        report[name] = {**found.entries, "left_out": found.left_out}
+        report[name] = {**to_json(found.entries), "left_out": found.left_out}
         plot_methods(path.with_name(f"structure-{name}.png"), found.entries)
         for entry, values in found.entries.items():
-            print(f"{name} {entry}: {100 * values['accuracy']:.2f} %, {values['latency_ms']['1']:.2f} ms", flush=True)
+            print(f"{name} {entry}: {100 * (values.accuracy or 0):.2f} %, {values.latency_ms['1']:.2f} ms", flush=True)
     write(path, {"torch": torch.__version__, "train": TRAIN, "test": TEST, "models": report})
 
 

@@ -153,7 +153,7 @@ class Own:
         """Thresholds for a budget, or for a loss of accuracy on the calibration split, as earlyon means it."""
         kind, value = goal.split()
         budget = float(value) * self.model.static_macs
-        point = self.search.for_macs(budget) if kind == "macs" else self.search.for_accuracy(self.final - float(value))
+        point = self.search.for_cost(budget) if kind == "macs" else self.search.for_accuracy(self.final - float(value))
         self.model.policy = replace(self.model.policy, thresholds=point.thresholds)
 
     def points(self, data: Splits, their: dict[str, Point]) -> dict[str, Point]:
@@ -166,9 +166,9 @@ class Own:
             equal = test.play(self.model.policy)
             points[goal] = {
                 "accuracy": round(found.accuracy, 4),
-                "mean_macs": found.mean_macs,
+                "mean_macs": found.mean_cost,
                 "at_their_macs": round(equal.accuracy, 4),
-                "mean_macs_there": equal.mean_macs,
+                "mean_macs_there": equal.mean_cost,
             }
         return points
 

@@ -276,7 +276,7 @@ def _run(
             recipe, folder, resume=options.resume, allow_pickle=allow_pickle, status=Console(stderr=True)
         )
         write_results.show(report, printer.console, verbose=verbose)
-        printer.result(report)
+        printer.result(report.to_json())
 
 
 def _stream(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dyncompress.cli.report import layers, plots
 from dyncompress.cli.runs import folders
 from dyncompress.cli.runs import run_recipe as job
 from dyncompress.compress.options.steps import Convert, Export, Prune
+from dyncompress.compress.pruning.kept_indices import KeptAxis
 from dyncompress.compress.recipes import take_step as steps
 from dyncompress.compress.recipes.recipe import read_recipe
 from dyncompress.compress.training.store import Store
@@ -272,11 +274,8 @@ def test_an_interrupted_pruning_resumes(weights: Path, cli: Any, monkeypatch: py
 
 
 def test_long_tables_are_folded() -> None:
-    rows = [
-        {"name": f"w{i}", "before": [2, 2], "after": [1, 2], "macs_before": i, "macs_after": 1, "kept": 0.5}
-        for i in range(60)
-    ]
-    rows[0] |= {"after": None, "kept": 0.0}
+    rows = [layers.LayerChange(f"w{i}", (2, 2), (1, 2), i, 1, 0.5) for i in range(60)]
+    rows[0] = replace(rows[0], after=None, kept=0.0)
     assert layers.table(rows, verbose=True).row_count == 60
     folded = layers.table(rows, verbose=False)
     assert folded.row_count == 40
@@ -293,10 +292,10 @@ def test_bar_codes_show_the_share_kept(size: int) -> None:
 
 
 def test_pictures_of_what_was_kept(tmp_path: Path) -> None:
-    axes = {f"a{i}": {"kind": "channels", "size": 8, "kept": [1, 5]} for i in range(3)}
-    branch = {"kind": "branch", "size": 1, "kept": [0]}
+    axes = {f"a{i}": KeptAxis("channels", 8, (1, 5)) for i in range(3)}
+    branch = KeptAxis("branch", 1, (0,))
     heights = []
-    for kept in (axes, axes | {"b": branch}, axes | {"b": branch, "c": {**branch, "kept": []}}):
+    for kept in (axes, axes | {"b": branch}, axes | {"b": branch, "c": replace(branch, kept=())}):
         plots.plot_kept(tmp_path / "kept.png", kept)
         with Image.open(tmp_path / "kept.png") as image:
             heights.append(image.height)

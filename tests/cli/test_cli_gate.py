@@ -1,6 +1,7 @@
 """Skip gates on the command line and in recipes: training, reports, pictures, and models with gates and exits."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from dyncompress.cli.report import gate_payoff as skipping
 from dyncompress.cli.report.gate_plots import plot_gates
 from dyncompress.cli.runs import benching
 from dyncompress.cli.runs import run_recipe as job
-from dyncompress.compress.evaluation.report_entries import measure
+from dyncompress.compress.evaluation.report_entries import DynamicEntry, StaticEntry, measure
+from dyncompress.compress.gates.gate_report import GateUse
 from dyncompress.compress.options.steps import Gate
 from dyncompress.compress.recipes.recipe import read_recipe
 from dyncompress.compress.training.store import Store
@@ -192,12 +194,13 @@ def test_every_gate_open_is_the_model_without_gates(gated: dc.DynamicModel) -> N
 
 
 def test_whether_skipping_pays() -> None:
-    whole = {"macs": 100, "latency_ms": {"1": 2.0, "256": 20.0}}
-    gated = {"mean_macs": 60.0, "latency_ms": {"1": 1.7, "256": 15.9}}
+    size: dict[str, Any] = {"accuracy": None, "parameters": 1, "bytes": 4}
+    whole = StaticEntry(macs=100, latency_ms={"1": 2.0, "256": 20.0}, **size)
+    gated = DynamicEntry(mean_macs=60.0, latency_ms={"1": 1.7, "256": 15.9}, exits=(), **size)
     line = skipping.does_not_pay(gated, whole, "cpu")
     assert line == "skipping does not pay on cpu: 60% of the MACs take 85% of the time at batch 1"
-    assert skipping.does_not_pay({**gated, "latency_ms": {"1": 1.59, "256": 15.9}}, whole, "cpu") is None
-    assert skipping.does_not_pay({**gated, "mean_macs": None}, whole, "cpu") is None
+    assert skipping.does_not_pay(replace(gated, latency_ms={"1": 1.59, "256": 15.9}), whole, "cpu") is None
+    assert skipping.does_not_pay(replace(gated, mean_macs=None), whole, "cpu") is None
 
 
 def test_bench_and_inspect(here: Path, gated: dc.DynamicModel, capfd: pytest.CaptureFixture[str]) -> None:
@@ -265,8 +268,12 @@ def test_a_recipe_gates_and_converts(here: Path, capfd: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("classes", [None, 3])
 def test_the_picture_takes_any_number_of_classes(classes: int | None, tmp_path: Path) -> None:
-    rates = [[0.5] * 4]
-    report = {"branches": list("abcd"), "open": rates[0], "by_hardness": rates * 4, "by_class": classes and rates * 3}
-    plot_gates(tmp_path / "gates.png", report)
+    rates = ((0.5,) * 4,)
+    by_class = None if classes is None else rates * classes
+    use = GateUse(
+        branches=tuple("abcd"), static_accuracy=1, accuracy=1, macs=1, open=rates[0], by_class=by_class,
+        by_hardness=rates * 4,
+    )  # fmt: skip
+    plot_gates(tmp_path / "gates.png", use)
     with Image.open(tmp_path / "gates.png") as picture:
         assert picture.height > (800 if classes else 400)

@@ -1,13 +1,10 @@
 """Whether skipping pays: a gated model beside the same one with every gate open, or beside the static one."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import fx
 
+from ...compress.evaluation.report_entries import Entry
 from ...passes.gates.remove_gates import without_gates
 from ...runtime.predict.dynamic import DynamicModel
-from . import tables
 
 _WORTH = 0.5  # the least share of the MACs saved that is to be saved in time as well
 
@@ -18,16 +15,16 @@ def opened(model: DynamicModel) -> fx.GraphModule | DynamicModel:
     return DynamicModel(whole, model.policy, model.table) if model.exits else whole
 
 
-def does_not_pay(gated: Mapping[str, Any], whole: Mapping[str, Any], device: str) -> str | None:
+def does_not_pay(gated: Entry, whole: Entry, device: str) -> str | None:
     """A line where the time saved is less than half of the MACs saved; None where it pays or is not known.
 
-    Both are entries of a report, measured side by side.
+    Both were measured side by side.
     """
-    macs, all_macs = tables.macs_of(gated), tables.macs_of(whole)
+    macs, all_macs = gated.macs_per_sample, whole.macs_per_sample
     if macs is None or all_macs is None:
         return None
     left = macs / all_macs
-    times = {batch: ms / whole["latency_ms"][batch] for batch, ms in gated["latency_ms"].items()}
+    times = {batch: ms / whole.latency_ms[batch] for batch, ms in gated.latency_ms.items()}
     slow = [
         f"{time:.0%} of the time at batch {batch}" for batch, time in times.items() if 1 - time < _WORTH * (1 - left)
     ]

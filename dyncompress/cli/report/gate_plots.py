@@ -1,10 +1,13 @@
 """The picture of skip gates: which branches run, for which classes, and for easy and hard samples."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ...compress.gates.gate_report import GateUse
+
+Rates = tuple[tuple[float, ...], ...]
 
 _DPI = 150
 _CELL, _MARGIN, _LEGEND = 0.36, 1.9, 1.1  # inches: of one branch or class, beside the panels, and of the colour bar
@@ -12,16 +15,13 @@ _LEAST, _TALLEST, _WIDEST = 4.8, 30.0, 40.0  # inches
 _NUMBERED = 16  # branches up to which every cell shows its number
 
 
-def plot_gates(path: Path, report: Mapping[str, Any]) -> None:
-    """Writes how often each branch runs as PNG: over all samples, from easy to hard ones, and by class.
-
-    report: with branches, open, by_hardness and by_class (None: left out), as `gate_report` makes it.
-    """
+def plot_gates(path: Path, report: GateUse) -> None:
+    """Writes how often each branch runs as PNG: over all samples, from easy to hard ones, and by class."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = _panels(report)
-    branches = [name.removesuffix(":branch") for name in report["branches"]]
+    branches = [name.removesuffix(":branch") for name in report.branches]
     heights = [len(rates) for _, rates in panels.values()]
     width = min(_WIDEST, max(_LEAST, _CELL * len(branches)) + _MARGIN + _LEGEND)
     height = min(_TALLEST, _CELL * (sum(heights) + len(panels)) + _MARGIN)
@@ -40,20 +40,20 @@ def plot_gates(path: Path, report: Mapping[str, Any]) -> None:
     figure.savefig(path)
 
 
-def _panels(report: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[float]]]]:
+def _panels(report: GateUse) -> dict[str, tuple[list[str], Rates]]:
     """By title: the names of the rows, and a rate for each row and branch."""
-    hardness = [str(k) for k in range(1, len(report["by_hardness"]) + 1)]
+    hardness = [str(k) for k in range(1, len(report.by_hardness) + 1)]
     hardness[0], hardness[-1] = "surest", "least sure"
-    panels = {
-        "all samples": (["all"], [report["open"]]),
-        "quarters, by how sure the static model is": (hardness, report["by_hardness"]),
+    panels: dict[str, tuple[list[str], Rates]] = {
+        "all samples": (["all"], (report.open,)),
+        "quarters, by how sure the static model is": (hardness, report.by_hardness),
     }
-    if report["by_class"] is not None:
-        panels["by class"] = ([str(c) for c in range(len(report["by_class"]))], report["by_class"])
+    if report.by_class is not None:
+        panels["by class"] = ([str(c) for c in range(len(report.by_class))], report.by_class)
     return panels
 
 
-def _number(axes: Any, rates: list[list[float]]) -> None:
+def _number(axes: Any, rates: Rates) -> None:
     for i, row in enumerate(rates):
         for j, rate in enumerate(row):
             colour = "white" if rate > 0.6 else "black"

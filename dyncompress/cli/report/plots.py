@@ -7,6 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from ...compress.evaluation.evaluate import ExitUse
+from ...compress.pruning.compare import ComparedEntry
+from ...compress.pruning.kept_indices import KeptAxis
+from ...compress.thresholds.calibrate import Calibration
+
 _SIZE = (6.4, 4.0)  # inches
 _DPI = 150
 _ROW, _TALLEST = 0.16, 30.0  # inches, of one axis and of a picture
@@ -48,43 +53,40 @@ def plot_curve(
     figure.savefig(path)
 
 
-def plot_methods(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+def plot_methods(path: Path, entries: Mapping[str, ComparedEntry]) -> None:
     """Writes accuracy against the wall clock of one sample as PNG: a line per method, a point per share.
 
-    entries: by name, with method, share, accuracy and latency_ms; method "static" is the original.
+    entries: by name; method "static" is the original.
     """
     figure, axes = _figure()
-    methods: dict[str, list[Mapping[str, Any]]] = {}
+    methods: dict[str, list[ComparedEntry]] = {}
     for entry in entries.values():
-        methods.setdefault(entry["method"], []).append(entry)
+        methods.setdefault(entry.method, []).append(entry)
     for method, points in methods.items():
-        ms, accuracy = [p["latency_ms"]["1"] for p in points], [100 * p["accuracy"] for p in points]
+        ms, accuracy = [p.latency_ms["1"] for p in points], [100 * (p.accuracy or 0) for p in points]
         axes.plot(ms, accuracy, *(("ks",) if method == "static" else ("o-",)), label=method)
         for point, x, y in zip(points, ms, accuracy, strict=True):
-            axes.annotate(f"{point['share']:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(f"{point.share:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="wall clock, one sample (ms)", ylabel="test accuracy (%)")
-    axes.set_xlim(0, 1.1 * max(entry["latency_ms"]["1"] for entry in entries.values()))
+    axes.set_xlim(0, 1.1 * max(entry.latency_ms["1"] for entry in entries.values()))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
 
 
-def plot_exits(path: Path, exits: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the share of samples that each exit answers as PNG; exits as in report.json."""
+def plot_exits(path: Path, exits: Sequence[ExitUse]) -> None:
+    """Writes the share of samples that each exit answers as PNG."""
     figure, axes = _figure()
-    labels = [f"exit {i + 1}\n{exit['macs'] / 1e6:.3g} M MACs" for i, exit in enumerate(exits)]
-    bars = axes.bar(labels, [100 * exit["share"] for exit in exits], color="tab:blue")
-    axes.bar_label(bars, [f"{100 * exit['share']:.1f} %" for exit in exits])
+    labels = [f"exit {i + 1}\n{exit.macs / 1e6:.3g} M MACs" for i, exit in enumerate(exits)]
+    shares = [100 * (exit.share or 0) for exit in exits]
+    axes.bar_label(axes.bar(labels, shares, color="tab:blue"), [f"{share:.1f} %" for share in shares])
     axes.set(ylabel="samples answered (%)")
     axes.margins(y=0.12)
     figure.savefig(path)
 
 
-def plot_reliability(path: Path, exits: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a reliability diagram per exit as PNG, before and after temperature scaling.
-
-    exits: with temperature, ece_before, ece_after and the bins before and after, as convert reports them.
-    """
+def plot_reliability(path: Path, exits: Sequence[Calibration]) -> None:
+    """Writes a reliability diagram per exit as PNG, before and after temperature scaling."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -92,11 +94,12 @@ def plot_reliability(path: Path, exits: Sequence[Mapping[str, Any]]) -> None:
     FigureCanvasAgg(figure)
     for k, (axes, fitted) in enumerate(zip(figure.subplots(1, len(exits), squeeze=False)[0], exits, strict=True)):
         axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
-        for when, colour in (("before", "tab:red"), ("after", "tab:blue")):
-            confidence, accuracy = ([row[key] for row in fitted[when]] for key in ("confidence", "accuracy"))
-            axes.plot(confidence, accuracy, "o-", color=colour, label=f"{when}, ECE {fitted[f'ece_{when}']:.3f}")
+        before, after = ("before", fitted.before, fitted.ece_before), ("after", fitted.after, fitted.ece_after)
+        for (when, bins, ece), colour in ((before, "tab:red"), (after, "tab:blue")):
+            confidence, accuracy = [row.confidence for row in bins], [row.accuracy for row in bins]
+            axes.plot(confidence, accuracy, "o-", color=colour, label=f"{when}, ECE {ece:.3f}")
         name = "output" if k + 1 == len(exits) else f"exit {k + 1}"
-        axes.set(xlabel="confidence", title=f"{name}, T = {fitted['temperature']:.2f}", xlim=(0, 1), ylim=(0, 1))
+        axes.set(xlabel="confidence", title=f"{name}, T = {fitted.temperature:.2f}", xlim=(0, 1), ylim=(0, 1))
         axes.legend(loc="upper left", fontsize=7)
         axes.grid(alpha=0.3)
     figure.get_axes()[0].set_ylabel("accuracy on the calibration split")
@@ -126,21 +129,21 @@ def plot_impressions(path: Path, inputs: Any, classes: Any) -> None:
     imsave(path, canvas)
 
 
-def plot_kept(path: Path, kept: Mapping[str, Mapping[str, Any]]) -> None:
+def plot_kept(path: Path, kept: Mapping[str, KeptAxis]) -> None:
     """Writes which indices of each axis are kept as PNG: one bar code per axis, in network order, dark where kept.
 
-    kept: by axis name its size, kind and kept indices. Branches are shown where one of them is gone.
+    kept: by axis name. Branches are shown where one of them is gone.
     """
-    gone = any(axis["kind"] == "branch" and not axis["kept"] for axis in kept.values())
-    shown = {name: axis for name, axis in kept.items() if gone or axis["kind"] != "branch"}
+    gone = any(axis.kind == "branch" and not axis.kept for axis in kept.values())
+    shown = {name: axis for name, axis in kept.items() if gone or axis.kind != "branch"}
     if not shown:
         return
     height = min(_TALLEST, 1.0 + _ROW * len(shown))
     figure, axes = _figure((8.0, height))
-    codes = np.stack([_bar_code(axis["size"], axis["kept"]) for axis in shown.values()])
+    codes = np.stack([_bar_code(axis.size, axis.kept) for axis in shown.values()])
     axes.imshow(codes, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     every = -(-len(shown) // int(_TALLEST / _ROW))
-    labels = [f"{name}  {axis['kind']} {len(axis['kept'])}/{axis['size']}" for name, axis in shown.items()]
+    labels = [f"{name}  {axis.kind} {len(axis.kept)}/{axis.size}" for name, axis in shown.items()]
     axes.set_yticks(range(0, len(shown), every), labels[::every], fontsize=6)
     axes.set_yticks([row - 0.5 for row in range(1, len(shown))], minor=True)
     axes.grid(which="minor", axis="y", color="white", linewidth=1.5)

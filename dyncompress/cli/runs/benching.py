@@ -9,6 +9,7 @@ from rich.console import Console
 from ...compress.training.batches import call
 from ...runtime.predict.dynamic import graph_of
 from ...compress.evaluation.report_entries import measure
+from ...compress.evaluation.reports import to_json
 from ...errors import RequestError
 from ...runtime.predict.dynamic import DynamicModel
 from ...compress.recipes.recipe import Recipe
@@ -41,13 +42,13 @@ def bench_models(recipes: Sequence[Recipe], console: Console, *, allow_pickle: b
     entries = measure(models, graphs, example, data.test if data else None, subjects[0].device)
     device = str(subjects[0].device)
     console.print(tables.comparison(entries, f"on {recipes[0].data or 'random inputs'}, {device}"))
+    shown = {name: {"name": recipe.model, **to_json(entries[name])} for name, recipe in zip(names, recipes, strict=True)}
     for name, other in opened.items():
         note = gate_payoff.does_not_pay(entries[name], entries[other], device)
-        entries[name] |= {"open": entries[other], "note": note}
+        shown[name] |= {"open": to_json(entries[other]), "note": note}
         if note:
             console.print(f"{name}: {note}", soft_wrap=True, markup=False, highlight=False)
-    shown = [{"name": recipe.model, **entries[name]} for name, recipe in zip(names, recipes, strict=True)]
-    return {"data": recipes[0].data, "device": device, "models": shown}
+    return {"data": recipes[0].data, "device": device, "models": list(shown.values())}
 
 
 def _check_takes(spec: str, subject: Subject, example_inputs: Any) -> None:

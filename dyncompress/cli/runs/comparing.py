@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from ...passes.graph.meta import info_of
-from ...compress.pruning.compare import Comparison, compare
+from ...compress.evaluation.reports import from_json, to_json
+from ...compress.pruning.compare import ComparedEntry, Comparison, compare
 from ...errors import RequestError
 from ...runtime.files import checkpoint
 from ...runtime.predict.dynamic import DynamicModel
@@ -25,6 +26,37 @@ from .options import CompareOptions
 from ..loading.loaded_subject import Subject, load_splits, prepare
 
 _WIDTH = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedEntry(ComparedEntry):
+    """A compared model and its file; None for the original, and for what runs on sparse kernels."""
+
+    model: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareReport:
+    """The compared models by name, and why a method could not reach a share; in JSON the models stand at the top."""
+
+    model: str
+    run_dir: str
+    data: str | None
+    device: str
+    left_out: dict[str, str]
+    entries: dict[str, SavedEntry]
+
+    def to_json(self) -> dict[str, Any]:
+        """As report.json holds it."""
+        plain = to_json(self)
+        entries = plain.pop("entries")
+        return {**plain, "onnx": None, **entries}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> "CompareReport":
+        """Of a report.json."""
+        entries = {name: value for name, value in plain.items() if isinstance(value, dict) and "latency_ms" in value}
+        return from_json(cls, {**plain, "entries": entries})
 
 
 def compare_methods(
@@ -47,9 +79,9 @@ def compare_methods(
     text = str(recipe) + yaml.safe_dump({"compare": asdict(options)}, sort_keys=False, default_flow_style=None)
     if resume and (folder / folders.REPORT).exists():
         folders.begin(folder, text, resume=True)
-        report: dict[str, Any] = json.loads((folder / folders.REPORT).read_text(encoding="utf-8"))
+        report = CompareReport.from_json(json.loads((folder / folders.REPORT).read_text(encoding="utf-8")))
         show(report, console)
-        return report
+        return report.to_json()
     subject = prepare(recipe, load_splits(recipe), allow_pickle=allow_pickle)
     if isinstance(subject.module, DynamicModel):
         raise RequestError(f"compare takes a static model, but {recipe.model} is dynamic")
@@ -62,36 +94,36 @@ def compare_methods(
         )  # fmt: skip
         report = _write(recipe, folder, found, subject)
     show(report, console)
-    return report
+    return report.to_json()
 
 
-def _write(recipe: Recipe, folder: Path, found: Comparison, subject: Subject) -> dict[str, Any]:
-    entries = {name: {**entry, "model": None} for name, entry in found.entries.items()}
+def _write(recipe: Recipe, folder: Path, found: Comparison, subject: Subject) -> CompareReport:
+    entries = {name: SavedEntry(**vars(entry), model=None) for name, entry in found.entries.items()}
     for name, model in found.models.items():
         if name != "static":
             path = folder / f"{name}.safetensors"
-            checkpoint.save(model, path, info={**info_of(model), "measured": found.entries[name]})
-            entries[name]["model"] = str(path)
-    report = {
-        "model": recipe.model,
-        "onnx": None,
-        "run_dir": str(folder),
-        "data": recipe.data,
-        "device": str(subject.device),
-        "left_out": found.left_out,
-        **entries,
-    }
+            checkpoint.save(model, path, info={**info_of(model), "measured": to_json(found.entries[name])})
+            entries[name] = replace(entries[name], model=str(path))
+    report = CompareReport(
+        model=recipe.model,
+        run_dir=str(folder),
+        data=recipe.data,
+        device=str(subject.device),
+        left_out=found.left_out,
+        entries=entries,
+    )
     plots.plot_methods(folder / "compare.png", entries)
     with (folder / write_results.TABLE).open("w", encoding="utf-8") as file:
         show(report, Console(file=file, width=_WIDTH))
-    (folder / folders.REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(report.to_json(), indent=2, allow_nan=False)
+    (folder / folders.REPORT).write_text(text + "\n", encoding="utf-8")
     shutil.rmtree(folder / folders.STEPS, ignore_errors=True)
     return report
 
 
-def show(report: Mapping[str, Any], console: Console) -> None:
+def show(report: CompareReport, console: Console) -> None:
     """Prints the report of a comparison."""
-    console.print(tables.comparison(write_results.entries_of(report), f"on {report['data']}, {report['device']}"))
-    for name, reason in report["left_out"].items():
+    console.print(tables.comparison(report.entries, f"on {report.data}, {report.device}"))
+    for name, reason in report.left_out.items():
         console.print(f"left out: {name}: {escape(reason)}", highlight=False)
-    console.print(f"models: {report['run_dir']}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"models: {report.run_dir}", soft_wrap=True, markup=False, highlight=False)

@@ -1,5 +1,6 @@
 """A model as one ONNX file, checked on real samples where there are any."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from rich.console import Console
 from torch import fx
 from torch.utils.data import default_collate
 
+from ...compress.evaluation.reports import to_json
 from ...compress.training.batches import size_of
 from ...model_zoo.load_data import Splits
 from ...runtime.predict.dynamic import DynamicModel
@@ -15,6 +17,19 @@ from ...runtime.onnx.export import OnnxReport, export_onnx
 from ...compress.recipes.recipe import Recipe
 from ..report import tables
 from ..loading.loaded_subject import load_splits, prepare
+
+
+@dataclass(frozen=True)
+class OnnxCheck:
+    """An ONNX file: its inputs and outputs, size, the largest error by batch size, and how many of the samples that
+    were checked left at each exit, None for a static model."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    opset: int
+    bytes: int
+    max_error: dict[str, float]
+    exits: tuple[int, ...] | None
 
 
 def export_model(
@@ -33,10 +48,10 @@ def export_model(
     data = load_splits(recipe)
     subject = prepare(recipe, data, allow_pickle=allow_pickle)
     written = write_onnx(subject.captured, path, data, tunable=tunable, overwrite=overwrite)
-    check = check_report(written)
+    check = check_of(written)
     show_check(check, console)
     console.print(f"onnx: {path}", soft_wrap=True, markup=False, highlight=False)
-    return {"model": recipe.model, "onnx": str(path), "run_dir": None, "check": check}
+    return {"model": recipe.model, "onnx": str(path), "run_dir": None, "check": to_json(check)}
 
 
 def write_onnx(
@@ -53,23 +68,18 @@ def _samples(data: Splits) -> Any:
     return default_collate([data.test[index][0] for index in range(count)])
 
 
-def check_report(report: OnnxReport) -> dict[str, Any]:
-    """What the export says, as plain numbers, text and lists."""
-    return {
-        "inputs": report.inputs,
-        "outputs": report.outputs,
-        "opset": report.opset,
-        "bytes": report.bytes,
-        "max_error": {str(batch): error for batch, error in report.max_error.items()},
-        "exits": report.exits,
-    }
+def check_of(report: OnnxReport) -> OnnxCheck:
+    """What the export says."""
+    errors = {str(batch): error for batch, error in report.max_error.items()}
+    exits = None if report.exits is None else tuple(report.exits)
+    return OnnxCheck(tuple(report.inputs), tuple(report.outputs), report.opset, report.bytes, errors, exits)
 
 
-def show_check(check: dict[str, Any], console: Console) -> None:
+def show_check(check: OnnxCheck, console: Console) -> None:
     """Prints the check as a table."""
-    cells = [("size", tables.quantity(check["bytes"], "B")), ("opset", check["opset"])]
-    cells += [("inputs", ", ".join(check["inputs"])), ("outputs", ", ".join(check["outputs"]))]
-    cells += [(f"largest error, batch {batch}", f"{error:.2g}") for batch, error in check["max_error"].items()]
-    if check["exits"]:
-        cells.append(("samples checked, by exit", ", ".join(map(str, check["exits"]))))
+    cells = [("size", tables.quantity(check.bytes, "B")), ("opset", str(check.opset))]
+    cells += [("inputs", ", ".join(check.inputs)), ("outputs", ", ".join(check.outputs))]
+    cells += [(f"largest error, batch {batch}", f"{error:.2g}") for batch, error in check.max_error.items()]
+    if check.exits:
+        cells.append(("samples checked, by exit", ", ".join(map(str, check.exits))))
     console.print(tables.rows("ONNX, against PyTorch in onnxruntime", ("what", ""), cells))

@@ -19,11 +19,13 @@ from ...runtime.predict.dynamic import graph_of
 from ...compress.evaluation.report_entries import measure
 from ...errors import DynCompressError, RequestError
 from ...runtime.files import checkpoint
+from ...runtime.onnx.export import OnnxReport
 from ...runtime.predict.dynamic import DynamicModel
 from ...compress.recipes.recipe import Recipe
 from ...compress.options.steps import Export
 from . import folders, write_results
-from .exporting import check_report, write_onnx
+from .exporting import write_onnx
+from .run_report import RunReport
 from ...compress.recipes.take_step import check_order, check_request, result_name, take
 from ..loading.loaded_subject import Subject, capture_named, load_splits, prepare
 
@@ -32,7 +34,7 @@ Captured = fx.GraphModule | DynamicModel
 
 def run_recipe(
     recipe: Recipe, folder: Path, *, resume: bool = False, allow_pickle: bool = False, status: Console | None = None
-) -> dict[str, Any]:
+) -> RunReport:
     """Runs a recipe in a folder and returns the report that it leaves there as report.json.
 
     Args:
@@ -46,7 +48,7 @@ def run_recipe(
     """
     if resume and (folder / folders.REPORT).exists():
         folders.begin(folder, str(recipe), resume=True)
-        return json.loads((folder / folders.REPORT).read_text(encoding="utf-8"))
+        return RunReport.from_json(json.loads((folder / folders.REPORT).read_text(encoding="utf-8")))
     status = status or Console(quiet=True)
     check_request(recipe.steps, recipe.data)
     status.print(f"loading {recipe.model}" + (f" and {recipe.data}" if recipe.data else ""), markup=False)
@@ -56,13 +58,13 @@ def run_recipe(
         status.print(f"note: {recipe.model} has random weights", markup=False)
     folders.begin(folder, str(recipe), resume=resume)
     with explained(folder):
-        captured, exported = _take_steps(recipe, subject, folder, status)
+        captured, written = _take_steps(recipe, subject, folder, status)
         status.print("measuring accuracy and wall clock")
         graphs = {name: graph_of(model) for name, model in captured.items()}
         models = {**captured, next(iter(captured)): subject.module}  # the first is timed as the user has it
         test = subject.data.test if subject.data is not None else None
         entries = measure(models, graphs, subject.example_inputs, test, subject.device)
-        return write_results.write(recipe, folder, captured, {**exported, **entries}, subject)
+        return write_results.write(recipe, folder, captured, entries, written, subject)
 
 
 @contextmanager
@@ -82,16 +84,15 @@ def explained(folder: Path) -> Iterator[None]:
 
 def _take_steps(
     recipe: Recipe, subject: Subject, folder: Path, status: Console
-) -> tuple[dict[str, Captured], dict[str, Any]]:
-    """Every model to compare, by its name in the report, and what the report says of the ONNX file."""
+) -> tuple[dict[str, Captured], OnnxReport | None]:
+    """Every model to compare, by its name in the report, and the ONNX file."""
     current: Any = subject.captured
-    exported: dict[str, Any] = {"onnx": None}
+    written: OnnxReport | None = None
     models: dict[str, Captured] = {_first_name(current): current}
     for number, step in enumerate(recipe.steps, 1):
         status.print(f"step {number} of {len(recipe.steps)}: {step.name}")
         if isinstance(step, Export):
             written = write_onnx(current, folder / step.onnx, subject.data, overwrite=True)
-            exported = {"onnx": str(written.path), "check": check_report(written)}
             continue
         work = folder / folders.STEPS / f"{number}-{step.name}"
         saved = work.with_suffix(".safetensors")
@@ -113,7 +114,7 @@ def _take_steps(
             )
             checkpoint.save(current, saved)
         models[_free_name(result_name(step), models)] = current
-    return models, exported
+    return models, written
 
 
 def _first_name(model: Captured) -> str:

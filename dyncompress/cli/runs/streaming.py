@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from torch import fx
 
+from ...compress.evaluation.report_entries import StaticEntry
+from ...compress.evaluation.reports import to_json
 from ...compress.pruning.prune_checkpoint import KEPT, prune_checkpoint
 from ...errors import RequestError
 from ...passes.axes.axes import infer_axes
@@ -27,6 +29,27 @@ from .options import DataOptions, ModelOptions, StreamOptions
 
 _TAKEN = ("ratio", "macs", "params", "bytes", "scope", "floor", "ceiling", "round_to", "ignore", "depth", "exact")
 _TABLE_WIDTH, TABLE = 120, "table.txt"
+
+
+@dataclass(frozen=True)
+class AxisChange:
+    """An axis that lost indices, and how many it has."""
+
+    name: str
+    kind: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamReport:
+    """The result, the model before and after, and the axes that lost indices."""
+
+    model: str
+    run_dir: str
+    static: StaticEntry
+    pruned: StaticEntry
+    axes: tuple[AxisChange, ...]
 
 
 def check_request(step: Prune, source: ModelOptions, data: DataOptions, stream: StreamOptions) -> None:
@@ -73,8 +96,9 @@ def prune_streamed(
     show(report, console)
     with (folder / TABLE).open("w", encoding="utf-8") as file:
         show(report, Console(file=file, width=_TABLE_WIDTH))
-    write_json(folder / REPORT, report)
-    return report
+    plain = {**to_json(report), "onnx": None, "data": None, "device": "cpu"}
+    write_json(folder / REPORT, plain)
+    return plain
 
 
 def _captured(source: ModelOptions, stored: Source) -> fx.GraphModule:
@@ -95,40 +119,25 @@ def _captured(source: ModelOptions, stored: Source) -> fx.GraphModule:
     return capture_on_meta(module, example_for(arch, found[0], source.shape), floating[0])
 
 
-def _report(gm: fx.GraphModule, folder: Path, exact: bool) -> dict[str, Any]:
+def _report(gm: fx.GraphModule, folder: Path, exact: bool) -> StreamReport:
     keep = json.loads((folder / KEPT).read_text(encoding="utf-8"))["keep"]
-    changed = [
-        {"name": axis.name, "kind": axis.kind, "before": axis.size, "after": len(keep[axis.name])}
-        for axis in infer_axes(gm)
-        if axis.name in keep
-    ]
+    changed = (AxisChange(a.name, a.kind, a.size, len(keep[a.name])) for a in infer_axes(gm) if a.name in keep)
     small = shrink(gm, keep, exact=exact)
-    return {
-        "model": str(folder),
-        "onnx": None,
-        "run_dir": str(folder),
-        "data": None,
-        "device": "cpu",
-        "static": _costs(gm),
-        "pruned": _costs(small),
-        "axes": changed,
-    }
+    return StreamReport(
+        model=str(folder), run_dir=str(folder), static=_entry(gm), pruned=_entry(small), axes=tuple(changed)
+    )
 
 
-def _costs(gm: fx.GraphModule) -> dict[str, Any]:
-    """An entry as in other reports; what needs the weights in memory is not measured."""
+def _entry(gm: fx.GraphModule) -> StaticEntry:
+    """What needs the weights in memory is not measured."""
     costs = {"macs": count_macs(gm), "parameters": count_parameters(gm), "bytes": count_bytes(gm)}
-    return {"accuracy": None, **costs, "latency_ms": {}}
+    return StaticEntry(accuracy=None, latency_ms={}, **costs)
 
 
-def show(report: dict[str, Any], console: Console) -> None:
+def show(report: StreamReport, console: Console) -> None:
     """Prints a report as tables: the axes that lost most, and the models side by side."""
-    lost = sorted(report["axes"], key=lambda axis: axis["after"] / axis["before"])
-    cells = [
-        (axis["name"], axis["kind"], axis["before"], axis["after"], tables.percent(axis["after"] / axis["before"]))
-        for axis in lost
-    ]
+    lost = sorted(report.axes, key=lambda axis: axis.after / axis.before)
+    cells = [(a.name, a.kind, a.before, a.after, tables.percent(a.after / a.before)) for a in lost]
     console.print(tables.rows("Axes, those that lost most first", ("axis", "kind", "before", "after", "kept"), cells))
-    entries = {name: report[name] for name in ("static", "pruned")}
-    console.print(tables.comparison(entries, "MACs per sample"))
-    console.print(f"model: {report['model']}", soft_wrap=True, markup=False, highlight=False)
+    console.print(tables.comparison({"static": report.static, "pruned": report.pruned}, "MACs per sample"))
+    console.print(f"model: {report.model}", soft_wrap=True, markup=False, highlight=False)

@@ -21,12 +21,12 @@ class ExitUse:
     """One exit on a data set.
 
     at: the graph node it follows; "output" for the final one. macs: of a sample that leaves there, the mean with gates.
-    share: of the samples that it answered, 0..1. accuracy: on those, 0..1; None where there are none.
+    share: of the samples that it answered, 0..1. accuracy: on those, 0..1. None: there are none.
     """
 
     at: str
     macs: int
-    share: float
+    share: float | None
     accuracy: float | None
 
 

@@ -1,6 +1,6 @@
 """What every exit answers where a model answers at every position: accuracy and perplexity, exit by exit."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -9,10 +9,21 @@ from ..training.batches import LabelledData, call, in_order
 from .evaluate import position_sums, ready
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExitQuality:
+    """An exit, the model's own last ("output") included: the node it follows, MACs up to there, accuracy (0..1) and
+    perplexity over all positions."""
+
+    at: str
+    macs: int
+    accuracy: float
+    perplexity: float
+
+
 def measure_exits(
     dynamic: DynamicModel, data: LabelledData, batch_size: int = 64, device: torch.device | str | None = None
-) -> list[dict[str, Any]]:
-    """Per exit, the model's own last: the node, MACs up to there, accuracy (0..1) and perplexity over all positions.
+) -> tuple[ExitQuality, ...]:
+    """What each exit answers by itself.
 
     Args:
         data: map-style, of (inputs, int labels (T,)); what is labelled -100 counts for nothing.
@@ -24,4 +35,4 @@ def measure_exits(
                 sums[k] += position_sums(logits, labels).sum(0).cpu()
     right, counted, loss = sums.unbind(1)
     columns = zip([*dynamic.exits, "output"], dynamic.exit_macs, right / counted, (loss / counted).exp(), strict=True)
-    return [{"at": at, "macs": macs, "accuracy": float(a), "perplexity": float(p)} for at, macs, a, p in columns]
+    return tuple(ExitQuality(at=at, macs=macs, accuracy=float(a), perplexity=float(p)) for at, macs, a, p in columns)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +13,51 @@ from torch.utils.data import ConcatDataset
 from ...passes.graph.cost import count_bytes, count_macs, count_parameters
 from ...runtime.predict.dynamic import DynamicModel
 from ..training.batches import LabelledData, placed
-from .evaluate import evaluate
+from .evaluate import Evaluation, ExitUse, evaluate
 from .wall_clock import latency_inputs, measure_latency
 
 LATENCY_BATCHES = {1: 32, 256: 2}  # batch size -> how many different batches
 _REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """What every entry tells: accuracy (0..1, None without data), parameters, bytes, the median wall clock of a call by
+    batch size, and the perplexity of a model that answers at every position."""
+
+    accuracy: float | None
+    parameters: int
+    bytes: int
+    latency_ms: dict[str, float]
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticEntry(_Entry):
+    """A static model; `macs` of one sample."""
+
+    macs: int
+
+    @property
+    def macs_per_sample(self) -> float:
+        """Known without data."""
+        return self.macs
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicEntry(_Entry):
+    """A dynamic model; MACs are the mean over the samples of the data, None without."""
+
+    mean_macs: float | None
+    exits: tuple[ExitUse, ...]
+
+    @property
+    def macs_per_sample(self) -> float | None:
+        """The mean over the samples."""
+        return self.mean_macs
+
+
+Entry = StaticEntry | DynamicEntry
 
 
 def measure(
@@ -28,35 +68,32 @@ def measure(
     device: torch.device,
     batches: Mapping[int, int] = LATENCY_BATCHES,
     repeats: int = _REPEATS,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Entry]:
     """One entry of the report per model, all judged on the test data and timed on the same inputs.
 
     `graphs` are the same models captured, to count MACs on; `batches` are the batch sizes to time, and how many
-    batches of each, `repeats` how often each. Without data, accuracy and mean_macs are None and the example inputs are
-    timed.
+    batches of each, `repeats` how often each. Without data, the example inputs are timed.
     """
-    entries = {name: _entry(model, graphs[name], test, device) for name, model in models.items()}
-    for name, by_batch in _latencies(models, example_inputs, test, device, batches, repeats).items():
-        entries[name]["latency_ms"] = {str(batch): ms for batch, ms in by_batch.items()}
-    return entries
+    found = {name: evaluate(model, test, device=device) if test is not None else None for name, model in models.items()}
+    times = _latencies(models, example_inputs, test, device, batches, repeats)
+    return {name: _entry(model, graphs[name], found[name], times[name]) for name, model in models.items()}
 
 
-def _entry(model: nn.Module, graph: fx.GraphModule, test: LabelledData | None, device: torch.device) -> dict[str, Any]:
-    found = evaluate(model, test, device=device) if test is not None else None
-    accuracy = found.accuracy if found is not None else None
-    size: dict[str, Any] = {"parameters": count_parameters(model), "bytes": count_bytes(model)}
-    if found is not None and found.perplexity is not None:
-        size["perplexity"] = found.perplexity
+def _entry(model: nn.Module, graph: fx.GraphModule, found: Evaluation | None, times: Mapping[int, float]) -> Entry:
+    common: dict[str, Any] = {
+        "accuracy": found.accuracy if found is not None else None,
+        "parameters": count_parameters(model),
+        "bytes": count_bytes(model),
+        "latency_ms": {str(batch): ms for batch, ms in times.items()},
+        "perplexity": found.perplexity if found is not None else None,
+    }
     if not isinstance(model, DynamicModel):
-        return {"accuracy": accuracy, "macs": count_macs(graph), **size}
-    exits = [asdict(use) for use in found.exits] if found is not None else _unused_exits(model)
-    mean_macs = found.mean_macs if found is not None else None
-    return {"accuracy": accuracy, "mean_macs": mean_macs, **size, "exits": exits}
-
-
-def _unused_exits(model: DynamicModel) -> list[dict[str, Any]]:
+        return StaticEntry(macs=count_macs(graph), **common)
+    if found is not None:
+        return DynamicEntry(mean_macs=found.mean_macs, exits=found.exits, **common)
     places = zip([*model.exits, "output"], model.exit_macs, strict=True)
-    return [{"at": at, "macs": macs, "share": None, "accuracy": None} for at, macs in places]
+    unused = tuple(ExitUse(at=at, macs=macs, share=None, accuracy=None) for at, macs in places)
+    return DynamicEntry(mean_macs=None, exits=unused, **common)
 
 
 def _latencies(

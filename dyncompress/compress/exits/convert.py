@@ -11,7 +11,6 @@ Steps 3 and 4 see the calibration set only.
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from ...passes.capture.capture import capture
 from ...passes.exits.exit_places import EVERY
 from ...passes.exits.insert_exits import InsertExits
 from ...passes.graph.inputs import Inputs
-from ...passes.graph.meta import add_info
 from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.predict.policy import Fallback
 from ..evaluation.exit_quality import measure_exits
@@ -36,6 +34,7 @@ from ..thresholds.goal import Goal, RiskKind, SearchKind
 from ..thresholds.risk import check_samples
 from ..training.batches import HasSplits, LabelledData, device_of_model, divided, examples_of, size_of, to_device
 from ..training.machine import training_device
+from .convert_report import ConvertReport, PerPositionReport
 from .recipes import check_recipe, train_exits
 from .which_exits import search_exits
 
@@ -77,8 +76,8 @@ def convert(
 ) -> DynamicModel:
     """A dynamic copy of `model`: early exits, trained and calibrated, with thresholds; in eval mode, on its device.
 
-    What was measured on the calibration set is in `result.trunk.meta["info"]["convert"]`: losses by epoch,
-    temperatures, ECE before and after, the chosen point and the curve of accuracy over MACs.
+    What was measured on the calibration set is in `ConvertReport.of(result)`: losses by epoch, temperatures, ECE before
+    and after, the chosen point and the curve of accuracy over MACs; or in `PerPositionReport.of(result)`.
 
     Args:
         model: any model `capture` takes that puts out (batch, classes) logits, or one with skip gates, which
@@ -148,17 +147,17 @@ def convert(
         dynamic, train, recipe=recipe, epochs=epochs, lr=lr, trunk_lr=0.0 if freeze_trunk else trunk_lr,
         batch_size=batch_size, **run,
     )  # fmt: skip
-    report: dict[str, Any] = {"history": [asdict(epoch) for epoch in history]}
     if dynamic.per_position:
         warnings.warn("the model answers at every position: its exits are trained and measured, but off", stacklevel=2)
-        report["exits"] = measure_exits(dynamic, calibration, device=device)
-    else:
-        if exits == SEARCH:
-            dynamic, found = search_exits(dynamic, calibration, goal, device=device)
-            report["exit_search"] = found
-        policy = {**leaving, "static_logits": static_logits, "seed": seed, "device": device, "progress": progress}
-        report |= choose_policy(dynamic, calibration, **policy)
-    add_info(dynamic.trunk, "convert", report)
+        quality = measure_exits(dynamic, calibration, device=device)
+        PerPositionReport(history=tuple(history), exits=quality).keep_in(dynamic)
+        return dynamic
+    found = None
+    if exits == SEARCH:
+        dynamic, found = search_exits(dynamic, calibration, goal, device=device)
+    policy = {**leaving, "static_logits": static_logits, "seed": seed, "device": device, "progress": progress}
+    chosen = choose_policy(dynamic, calibration, **policy)
+    ConvertReport(**vars(chosen), history=tuple(history), exit_search=found).keep_in(dynamic)
     return dynamic
 
 

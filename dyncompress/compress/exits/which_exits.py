@@ -7,7 +7,6 @@ again that no longer does. An exit that is not kept costs nothing.
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from ..thresholds.candidates import collect_cached
 from ..thresholds.goal import Goal
 from ..thresholds.thresholds import OperatingPoint, ThresholdSearch
 from ..training.batches import LabelledData
+from .convert_report import ExitSearchReport
 
 _GAIN_COST, _GAIN_ACCURACY = 0.01, 0.001  # shares of the static model's cost, of the samples
 
@@ -33,8 +33,8 @@ def search_exits(
     goal: Goal,
     *,
     device: torch.device | str | None = None,
-) -> tuple[DynamicModel, dict[str, Any]]:
-    """The model with the exits that are worth having, and the report: candidates and, by node, what was kept.
+) -> tuple[DynamicModel, ExitSearchReport]:
+    """The model with the exits that are worth having, and the report.
 
     Args:
         goal: accuracy that may be lost against the final exit at the least cost, or a budget at the best accuracy. An
@@ -49,7 +49,7 @@ def search_exits(
     if goal.least == "latency":
         policy = ExitPolicy("max-softmax", (1.0,) * len(temperatures))
         cached = cached.timed(time_costs(dynamic, calibration, policy, batch=goal.latency_batch, device=device))
-    *spent, total = accumulate(cached.stage_macs)
+    *spent, total = accumulate(cached.stage_costs)
     full = float(cached.right[-1].mean())
 
     def value(kept: Sequence[int]) -> Value:
@@ -60,12 +60,13 @@ def search_exits(
             [*(calibrated[k] for k in kept), calibrated[-1]],
             cached.labels,
             [b - a for a, b in pairwise(bounds)],
-            [cached.head_macs[k] for k in kept],
+            [cached.head_costs[k] for k in kept],
+            cost_unit=cached.cost_unit,
         )
         point = _point(search, full - goal.max_loss, None if budget is None else budget * total)
         if point is None:
             return (0.0, 1.0)
-        return (point.mean_macs / total if budget is None else -point.accuracy, point.mean_macs / total)
+        return (point.mean_cost / total if budget is None else -point.accuracy, point.mean_cost / total)
 
     kept = choose_subset(len(spent), value, _GAIN_COST if budget is None else _GAIN_ACCURACY)
     if not kept:
@@ -75,21 +76,22 @@ def search_exits(
         )
     at = dynamic.exits
     reached, mean = value(kept)
-    report = {
-        "candidates": at,
-        "kept": [at[k] for k in kept],
-        f"mean_{goal.least}_share": mean,
-        "accuracy": None if budget is None else -reached,
-    }
+    report = ExitSearchReport(
+        candidates=tuple(at),
+        kept=tuple(at[k] for k in kept),
+        mean_macs_share=mean if goal.least == "macs" else None,
+        mean_latency_share=mean if goal.least == "latency" else None,
+        accuracy=None if budget is None else -reached,
+    )
     return DynamicModel(keep_exits(dynamic.trunk, kept)).eval(), report
 
 
-def _point(search: ThresholdSearch, accuracy: float, macs: float | None) -> OperatingPoint | None:
+def _point(search: ThresholdSearch, accuracy: float, cost: float | None) -> OperatingPoint | None:
     """The best point; None where even the first exit is beyond the budget."""
-    if macs is None:
+    if cost is None:
         return search.for_accuracy(min(accuracy, search.best_accuracy))
     try:
-        return search.for_macs(macs)
+        return search.for_cost(cost)
     except RequestError:
         return None
 

@@ -1,15 +1,14 @@
 """gate: a trained static network learns which of its residual branches each sample needs, and skips the others.
 
 1. capture, and insert the gates;
-2. train them, and with them the network, by one of `KINDS`;
+2. train them, and with them the network, by one of `GATE_KINDS`;
 3. fold the gates' batch norms into the layers before them, so that a gate takes half as long;
 4. move all gates' logits by one number, so that the calibration set costs what was asked for;
 5. take out the gates that decide alike for nearly all samples there, whose branches run always or leave the model;
-6. measure there which branches run, for which classes, and for hard and easy samples (`gate_report`).
+6. measure there which branches run, for which classes, and for hard and easy samples (`measure_gates`).
 """
 
 import os
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,20 @@ from torch import fx, nn
 from ...errors import RequestError
 from ...passes.capture.capture import capture
 from ...passes.gates.insert_gates import GATES_PATH, POLICY, POOLED, RECURRENT, InsertGates
-from ...passes.gates.settle_gates import SettleGates
+from ...passes.gates.settle_gates import SettledGates, SettleGates
 from ...passes.graph.copying import deep_copy
 from ...passes.graph.cost import count_macs
 from ...passes.graph.inputs import Inputs
-from ...passes.graph.meta import add_info, exits_of
+from ...passes.graph.meta import exits_of
 from ...passes.rewrites.fold_batch_norm import FoldBatchNorm
 from ...runtime.predict.dynamic import DynamicModel
 from ..training.batches import HasSplits, LabelledData, device_of_model, divided, examples_of, to_device
 from ..training.losses import check_share
 from ..training.machine import training_device
 from ..training.trainer import Epoch, Optimizer, in_phases
-from .gate_losses import Costs
-from .gate_report import gate_report, meet_budget, open_rates
-from .gate_training import BLOCKDROP, GUMBEL, KINDS, SKIPNET, Goal, make_phase, phases_of, train_gates
+from .gate_losses import MacShares
+from .gate_report import GateReport, measure_gates, meet_budget, open_rates
+from .gate_training import BLOCKDROP, GATE_KINDS, GUMBEL, SKIPNET, GateTarget, make_phase, phases_of, train_gates
 
 _USUAL_GATE = {GUMBEL: POOLED, SKIPNET: RECURRENT, BLOCKDROP: POLICY}
 
@@ -64,8 +63,8 @@ def gate(
 ) -> DynamicModel:
     """A copy of `model` that skips, sample by sample, the residual branches it does not need; in eval mode.
 
-    What was measured on the calibration set is in `result.trunk.meta["info"]["gate"]`; "moved" there is how far the
-    gates' logits were moved to meet the budget: by more than one or so where the training was too short to meet it.
+    What was measured on the calibration set is in `GateReport.of(result)`; `moved` there is how far the gates' logits
+    were moved to meet the budget: by more than one or so where the training was too short to meet it.
 
     Args:
         model: any model `capture` takes that puts out (batch, classes) logits and has residual branches.
@@ -108,7 +107,7 @@ def gate(
         "optimizer": optimizer, "resume": resume, "progress": progress, "lr": lr,
     }  # fmt: skip
     teacher = deep_copy(static).eval() if distill else None
-    goal, phases = Goal(costs, macs, rate, distill), phases_of(kind, epochs, pretrain)
+    goal, phases = GateTarget(costs, macs, rate, distill), phases_of(kind, epochs, pretrain)
 
     def trained(phase: str, count: int, folder: Path | None) -> list[Epoch]:
         own = {**options, "run_dir": folder, "epochs": count}
@@ -118,11 +117,12 @@ def gate(
     dynamic = DynamicModel(FoldBatchNorm(GATES_PATH.rstrip("."))(gm.eval()).gm).eval()  # a call less for every gate
     moved = 0.0 if macs is None else meet_budget(dynamic, calibration, macs * whole, device)
     dynamic, settled = _settled(dynamic, calibration, settle, device)
-    if macs is not None and any(settled.values()):
+    if macs is not None and (settled.always or settled.never):
         moved += meet_budget(dynamic, calibration, macs * whole, device)
-    report = {"moved": moved, "settled": settled, **gate_report(dynamic, static, calibration, device)}
-    report |= {"kind": kind, "phases": [name for name, _ in phases], "history": [asdict(epoch) for epoch in history]}
-    add_info(dynamic.trunk, "gate", report)
+    use = measure_gates(dynamic, static, calibration, device)
+    names = tuple(name for name, _ in phases)
+    report = GateReport(**vars(use), moved=moved, settled=settled, kind=kind, phases=names, history=tuple(history))
+    report.keep_in(dynamic)
     return dynamic
 
 
@@ -130,8 +130,8 @@ def _check(
     kind: str, macs: float | None, rate: float | None, distill: float, pretrain: bool, settle: float, epochs: int,
     trunk_lr: float,
 ) -> None:  # fmt: skip
-    if kind not in KINDS:
-        raise RequestError(f"kind={kind!r}: use one of {', '.join(KINDS)}")
+    if kind not in GATE_KINDS:
+        raise RequestError(f"kind={kind!r}: use one of {', '.join(GATE_KINDS)}")
     if (macs is None) == (rate is None):
         raise RequestError("give either macs or rate")
     if rate is not None and kind != GUMBEL:
@@ -152,10 +152,10 @@ def _check(
 
 def _settled(
     dynamic: DynamicModel, calibration: LabelledData, settle: float, device: torch.device
-) -> tuple[DynamicModel, dict[str, Any]]:
+) -> tuple[DynamicModel, SettledGates]:
     """Without the gates that decide alike, and what became of their branches."""
     if not settle:
-        return dynamic, {"always": [], "never": []}
+        return dynamic, SettledGates((), ())
     rates = dict(zip(dynamic.gates, open_rates(dynamic, calibration, device), strict=True))
     varied = max(rates, key=lambda branch: min(rates[branch], 1 - rates[branch]))
     always = tuple(branch for branch, rate in rates.items() if rate >= 1 - settle and branch != varied)
@@ -171,6 +171,6 @@ def _with_gates(static: fx.GraphModule, gate: str, seed: int) -> fx.GraphModule:
         return InsertGates(gate)(static).gm
 
 
-def _costs(dynamic: DynamicModel, whole: int) -> Costs:
+def _costs(dynamic: DynamicModel, whole: int) -> MacShares:
     branches = dynamic.branch_macs
-    return Costs((dynamic.static_macs - sum(branches)) / whole, [cost / whole for cost in branches])
+    return MacShares((dynamic.static_macs - sum(branches)) / whole, [cost / whole for cost in branches])

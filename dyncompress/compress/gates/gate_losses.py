@@ -42,7 +42,7 @@ class GateRun(NamedTuple):
     greedy: tuple[Tensor, Tensor] | None
 
 
-class Costs:
+class MacShares:
     """The share of the static model's MACs that a sample costs: `fixed` and `branches` (G,), in those shares."""
 
     def __init__(self, fixed: float, branches: Sequence[float]) -> None:
@@ -93,7 +93,7 @@ class Rates(GateLoss):
 class Budget(GateLoss):
     """All gates together cost a share `macs` of the static model."""
 
-    def __init__(self, distill: float, costs: Costs, macs: float, start: float = 1.0) -> None:
+    def __init__(self, distill: float, costs: MacShares, macs: float, start: float = 1.0) -> None:
         super().__init__(distill)
         self.costs, self.macs, self.start = costs, macs, start
 
@@ -128,7 +128,7 @@ class Hybrid(Budget):
 class Drops(Budget):
     """BlockDrop (sections 3.2, 3.3): rewards for cheap right answers; `joint`: the model learns too."""
 
-    def __init__(self, distill: float, costs: Costs, macs: float, joint: bool) -> None:
+    def __init__(self, distill: float, costs: MacShares, macs: float, joint: bool) -> None:
         super().__init__(distill, costs, macs)
         self.joint = joint
 

@@ -1,7 +1,8 @@
 """What skip gates do on data: which branches run, for which classes, for easy and hard samples; and their budget."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -9,10 +10,13 @@ from torch.utils.data import Subset
 
 from ...errors import RequestError
 from ...passes.gates.insert_gates import GATES_PATH
+from ...passes.gates.settle_gates import SettledGates
 from ...passes.graph.cost import count_macs
 from ...runtime.predict.dynamic import DynamicModel
 from ..evaluation.evaluate import collect_logits, evaluate, ready
+from ..evaluation.reports import Report
 from ..training.batches import LabelledData, call, in_order, size_of
+from ..training.trainer import Epoch
 
 _BATCH = 256
 _AT_ONCE = 2048  # samples, more than enough for a mean cost to a percent
@@ -20,6 +24,40 @@ _NEAR = 0.005  # of the budget
 _FARTHEST, _HALVINGS = 16.0, 18
 _MOST_CLASSES = 100
 _HARDNESS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateUse:
+    """What gates do on a data set, by branch in graph order.
+
+    static_accuracy, accuracy: 0..1. macs: the share of the static model's MACs that the mean sample costs. open: how
+    often each branch runs; by_class: (classes, branches), None where there are more than 100 classes; by_hardness: (4,
+    branches), from the quarter of samples of which the static model is surest to that of which it is least sure.
+    """
+
+    branches: tuple[str, ...]
+    static_accuracy: float
+    accuracy: float
+    macs: float
+    open: tuple[float, ...]
+    by_class: tuple[tuple[float, ...], ...] | None
+    by_hardness: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReport(GateUse, Report):
+    """What `gate` did, and what its gates do on the calibration set.
+
+    moved: how far the gates' logits were moved to meet the budget. settled: the branches that lost their gates. kind,
+    phases, history: of the training.
+    """
+
+    verb: ClassVar[str] = "gate"
+    moved: float
+    settled: SettledGates
+    kind: str
+    phases: tuple[str, ...]
+    history: tuple[Epoch, ...] = ()
 
 
 def meet_budget(dynamic: DynamicModel, data: LabelledData, macs: float, device: torch.device) -> float:
@@ -63,31 +101,25 @@ def meet_budget(dynamic: DynamicModel, data: LabelledData, macs: float, device: 
 def open_rates(dynamic: DynamicModel, data: LabelledData, device: torch.device) -> list[float]:
     """How often each branch runs on a data set."""
     opened = _run(dynamic, data, device)[0]
-    return _rates(opened, [torch.arange(len(opened))])[0]
+    return list(_rates(opened, [torch.arange(len(opened))])[0])
 
 
-def gate_report(
-    dynamic: DynamicModel, static: fx.GraphModule, data: LabelledData, device: torch.device
-) -> dict[str, Any]:
-    """On a data set: accuracies, the share of MACs that is left, and how often each branch runs.
-
-    "open": by branch; "by_class": (classes, branches), None where there are more than 100 classes; "by_hardness": (4,
-    branches), from the quarter of samples of which the static model is surest to that of which it is least sure.
-    """
+def measure_gates(dynamic: DynamicModel, static: fx.GraphModule, data: LabelledData, device: torch.device) -> GateUse:
+    """What the gates of a model do on a data set; `static` is the model without them."""
     opened, right, spent, labels = _run(dynamic, data, device)
     (static_logits,), _ = collect_logits(static, data, _BATCH, device)
     sureness = static_logits.softmax(-1).amax(-1)
     quarters = torch.argsort(sureness, descending=True).chunk(_HARDNESS)
     classes = [labels == c for c in range(dynamic.num_classes)] if dynamic.num_classes <= _MOST_CLASSES else None
-    return {
-        "branches": dynamic.gates,
-        "static_accuracy": float((static_logits.argmax(-1) == labels).double().mean()),
-        "accuracy": float(right.double().mean()),
-        "macs": float(spent.double().mean()) / count_macs(static),
-        "open": _rates(opened, [torch.arange(len(labels))])[0],
-        "by_class": _rates(opened, classes) if classes is not None else None,
-        "by_hardness": _rates(opened, quarters),
-    }
+    return GateUse(
+        branches=tuple(dynamic.gates),
+        static_accuracy=float((static_logits.argmax(-1) == labels).double().mean()),
+        accuracy=float(right.double().mean()),
+        macs=float(spent.double().mean()) / count_macs(static),
+        open=_rates(opened, [torch.arange(len(labels))])[0],
+        by_class=_rates(opened, classes) if classes is not None else None,
+        by_hardness=_rates(opened, quarters),
+    )
 
 
 def _run(dynamic: DynamicModel, data: LabelledData, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,6 +135,6 @@ def _run(dynamic: DynamicModel, data: LabelledData, device: torch.device) -> tup
     return opened, right, spent, labels
 
 
-def _rates(opened: Tensor, groups: Sequence[Tensor]) -> list[list[float]]:
+def _rates(opened: Tensor, groups: Sequence[Tensor]) -> tuple[tuple[float, ...], ...]:
     """How often each branch ran in each group of samples; 0 in an empty one."""
-    return [opened[group].double().mean(0).nan_to_num().tolist() for group in groups]
+    return tuple(tuple(opened[group].double().mean(0).nan_to_num().tolist()) for group in groups)

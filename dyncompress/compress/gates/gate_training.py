@@ -16,25 +16,25 @@ from ...passes.gates.read_gates import deciding
 from ..training.batches import LabelledData
 from ..training.trainer import Epoch, fit, fixed
 from .gate_decisions import Curriculum, Gumbel, Sampled, StraightThrough
-from .gate_losses import Budget, Costs, Drops, GateLoss, GateRun, Hybrid, Rates
+from .gate_losses import Budget, Drops, GateLoss, GateRun, Hybrid, MacShares, Rates
 
-GUMBEL, SKIPNET, BLOCKDROP = KINDS = ("gumbel", "skipnet", "blockdrop")
+GUMBEL, SKIPNET, BLOCKDROP = GATE_KINDS = ("gumbel", "skipnet", "blockdrop")
 _SUPERVISED, _HYBRID, _DRAWN, _CURRICULUM, _JOINT = "supervised", "hybrid", "hybrid alone", "curriculum", "joint"
 _TWO = {SKIPNET: (_SUPERVISED, _HYBRID, 0.5), BLOCKDROP: (_CURRICULUM, _JOINT, 0.6)}  # and the first's share of epochs
 
 
 @dataclass(frozen=True)
-class Goal:
+class GateTarget:
     """What gates are trained to: a share `macs` of the static model's MACs, or a `rate` of every gate."""
 
-    costs: Costs
+    costs: MacShares
     macs: float | None
     rate: float | None
     distill: float
 
 
 @dataclass(frozen=True)
-class Phase:
+class GatePhase:
     """How gates decide, their loss, and whether the model moves with them."""
 
     decide: nn.Module
@@ -53,27 +53,27 @@ def phases_of(kind: str, epochs: int, pretrain: bool) -> list[tuple[str, int]]:
     return [(first, count), (second, epochs - count)]
 
 
-def make_phase(name: str, goal: Goal) -> Phase:
+def make_phase(name: str, goal: GateTarget) -> GatePhase:
     """The phase of this name; gates that change on the way follow the progress of its loss."""
     if goal.macs is None:
         assert goal.rate is not None
         rates = Rates(goal.distill, goal.rate)
-        return Phase(Gumbel(rates), rates)
+        return GatePhase(Gumbel(rates), rates)
     budget = (goal.distill, goal.costs, goal.macs)
     if name in (GUMBEL, _SUPERVISED):
         loss = Budget(*budget)
-        return Phase(Gumbel(loss) if name == GUMBEL else StraightThrough(), loss)
+        return GatePhase(Gumbel(loss) if name == GUMBEL else StraightThrough(), loss)
     if name in (_HYBRID, _DRAWN):
         hybrid = Hybrid(*budget, goal.macs if name == _HYBRID else 1.0)
-        return Phase(Sampled(cooled=hybrid), hybrid)
+        return GatePhase(Sampled(cooled=hybrid), hybrid)
     drops = Drops(*budget, joint=name == _JOINT)
     if name == _JOINT:
-        return Phase(Sampled(), drops)
-    return Phase(Sampled(curriculum=Curriculum(drops, len(goal.costs.branches))), drops, moves_model=False)
+        return GatePhase(Sampled(), drops)
+    return GatePhase(Sampled(curriculum=Curriculum(drops, len(goal.costs.branches))), drops, moves_model=False)
 
 
 def train_gates(
-    gm: fx.GraphModule, phase: Phase, teacher: fx.GraphModule | None, train: LabelledData, trunk_lr: float,
+    gm: fx.GraphModule, phase: GatePhase, teacher: fx.GraphModule | None, train: LabelledData, trunk_lr: float,
     options: dict[str, Any],
 ) -> list[Epoch]:  # fmt: skip
     """Trains a gated graph in place for one phase; `trunk_lr` is the model's share of the peak rate in `options`."""
@@ -93,7 +93,7 @@ def train_gates(
 class _Training(nn.Module):
     """Inputs -> `GateRun`."""
 
-    def __init__(self, gm: fx.GraphModule, phase: Phase) -> None:
+    def __init__(self, gm: fx.GraphModule, phase: GatePhase) -> None:
         super().__init__()
         self.decide, self.asks_greedy = phase.decide, isinstance(phase.loss, Drops)
         self.run = deciding(gm, phase.decide)

@@ -13,7 +13,7 @@ from ...errors import RequestError
 from ...passes.capture.capture import capture
 from ...passes.graph.cost import count_parameters
 from ...passes.rewrites.low_rank import LowRank
-from ..evaluation.report_entries import measure
+from ..evaluation.report_entries import StaticEntry, measure
 from ..training.batches import LabelledData, device_of_model, examples_of
 from ..training.losses import cross_entropy
 from ..training.recalibrate import recalibrate_batchnorm
@@ -25,18 +25,25 @@ UNSTRUCTURED = "unstructured"
 _INPUTS, _REPEATS = {1: 2}, 50  # by batch size: different batches that are timed; and how often each is
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparedEntry(StaticEntry):
+    """A model, the method that made it ("static": none) and the share of the parameters that stays."""
+
+    method: str
+    share: float
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What `compare` found.
 
     models: captured, by name: "static" and METHOD-SHARE, such as "low-rank-0.5".
-    entries: of each, and of METHOD-SHARE-sparse where sparse kernels ran: accuracy (0..1), macs (of one sample),
-    parameters, bytes, latency_ms ({"1": median wall clock of one sample}), method and share.
+    entries: of each, and of METHOD-SHARE-sparse where sparse kernels ran; timed one sample a call.
     left_out: why a method could not reach a share, by name.
     """
 
     models: dict[str, fx.GraphModule]
-    entries: dict[str, dict[str, Any]]
+    entries: dict[str, ComparedEntry]
     left_out: dict[str, str]
 
 
@@ -135,7 +142,7 @@ def _entries(
     examples: Any,
     test: LabelledData,
     device: torch.device,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, ComparedEntry]:
     """One entry per model, and one more where an unstructured model runs on sparse kernels."""
     every: dict[str, fx.GraphModule] = {}
     known = dict(kinds)
@@ -145,4 +152,6 @@ def _entries(
         if any(isinstance(module, SparseLinear) for module in sparse.modules()):
             every[f"{name}-sparse"], known[f"{name}-sparse"] = sparse, (f"{method}, sparse", share)
     found = measure(every, every, examples, test, device, _INPUTS, _REPEATS)
-    return {name: {**entry, "method": known[name][0], "share": known[name][1]} for name, entry in found.items()}
+    return {
+        name: ComparedEntry(**vars(entry), method=known[name][0], share=known[name][1]) for name, entry in found.items()
+    }

@@ -7,10 +7,12 @@ from torch import fx
 
 from ...errors import RequestError
 from ...passes.axes.axes import Axes, Axis, infer_axes
+from ...passes.axes.axis_kinds import BRANCH
+from ...passes.dims.dims import Keep
 from ...passes.graph.copying import copy_with
 from ...passes.graph.cost import count_bytes, count_macs, count_parameters
 from ...passes.shrink.shrink import shrink_axes
-from .ranking import BRANCH, Keep, dead_axes
+from .ranking import dead_axes
 
 Left = Callable[[Keep], float]  # the share that is left
 
@@ -48,7 +50,7 @@ class Ghost:
         return shrink_axes(self.axes, {self._twins[atom]: kept for atom, kept in keep.items()})
 
 
-def measure(axes: Axes, metric: str, candidates: list[Axis]) -> Left:
+def share_left(axes: Axes, metric: str, candidates: list[Axis]) -> Left:
     """The share of `metric` - "ratio", "macs", "params" or "bytes" - that is left for given kept indices."""
     if metric == "ratio":
         return _ratio(axes, [axis for axis in candidates if axis.kind != BRANCH])

@@ -1,13 +1,22 @@
 """Which indices of the original model are left after any number of cuts, followed through the tensors they sit in."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...passes.axes.axes import Axes, Axis
+from ...passes.axes.axis_kinds import BRANCH
 from ...passes.shrink.plan import Plan
-from .ranking import BRANCH
+
+
+@dataclass(frozen=True)
+class KeptAxis:
+    """An axis of the original: its kind and size, and which of its indices are kept."""
+
+    kind: str
+    size: int
+    kept: tuple[int, ...]
 
 
 class Kept:
@@ -25,9 +34,9 @@ class Kept:
             before = self._left.get(name, [None] * len(dims))
             self._left[name] = [_composed(old, new) for old, new in zip(before, dims, strict=True)]
 
-    def table(self) -> dict[str, dict[str, Any]]:
-        """By axis name of the original, in its order: its kind and size, and the original indices that are kept."""
-        return {axis.name: {"kind": axis.kind, "size": axis.size, "kept": self._of(axis)} for axis in self._axes}
+    def table(self) -> dict[str, KeptAxis]:
+        """By axis name of the original, in its order."""
+        return {axis.name: KeptAxis(axis.kind, axis.size, tuple(self._of(axis))) for axis in self._axes}
 
     def _of(self, axis: Axis) -> list[int]:
         piece = next((s for s in axis.slices if s.tensor not in self._dropped), None)

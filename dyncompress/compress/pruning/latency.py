@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from ...errors import DynCompressError, RequestError
 from ...passes.axes.axes import Axes
+from ...passes.dims.dims import Keep
 from ...passes.graph.meta import FixedInput, Input, inputs_of
 from ...passes.shrink.shrink import shrink_axes
 from ...runtime.predict.timing import device_of, wait_for
 from ..training.batches import device_of_model, placed
 from .cost_left import Ghost
-from .ranking import Keep
 
 _RUNS, _LEAST_RUNS, _SECONDS = 15, 3, 1.0  # for the table: so many runs of a model, fewer where they take longer
 _ROUNDS = 200  # of a whole model, likewise

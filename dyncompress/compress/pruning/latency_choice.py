@@ -15,12 +15,13 @@ from torch import Tensor, fx
 
 from ...errors import RequestError
 from ...passes.axes.axes import Axes, Axis
-from ...passes.dims.dims import Atom, Dim, leaves
+from ...passes.axes.axis_kinds import BRANCH
+from ...passes.dims.dims import Atom, Dim, Keep, leaves
 from ...passes.dims.rule_registry import flat
 from ...passes.shrink.shrink import shrink_axes
-from .cost_left import measure
+from .cost_left import share_left
 from .latency import Latency
-from .ranking import BRANCH, Keep, Limits, Ranking
+from .ranking import Limits, Ranking
 from .removal_search import saved_by, search
 
 _ERROR = 0.05
@@ -64,7 +65,7 @@ def choose_by_latency(
     Raises:
         RequestError: the target is out of reach.
     """
-    macs = measure(axes, "macs", [])
+    macs = share_left(axes, "macs", [])
     options: dict[str, Any] = {"comparable": comparable, "whole": whole}
     found, failed = list[LatencyChoice](), None
     for tried, within, eager in _ways(axes, limits, scope):

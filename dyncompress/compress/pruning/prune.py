@@ -16,8 +16,9 @@ from torch import fx, nn
 from ...errors import RequestError
 from ...passes.axes.axes import Axes, as_keep, infer_axes
 from ...passes.capture.capture import capture
+from ...passes.dims.dims import Keep
 from ...passes.graph.inputs import Inputs
-from ...passes.graph.meta import add_info, is_captured
+from ...passes.graph.meta import is_captured
 from ...passes.shrink.plan import plan_axes
 from ...passes.shrink.shrink import shrink_axes
 from ..importance.scores import COMPARABLE, Context, Scores, check_importance, score_axes
@@ -26,12 +27,13 @@ from ..training.losses import Distilled, cross_entropy
 from ..training.recalibrate import recalibrate_batchnorm
 from ..training.store import Store
 from ..training.trainer import fit
-from .cost_left import measure, one_target
+from .cost_left import one_target, share_left
 from .kept_indices import Kept
 from .latency import Latency
 from .latency_choice import choose_by_latency
-from .ranking import Keep, Limits, check_scope, default_scope
+from .ranking import Limits, check_scope, default_scope
 from .removal_search import choose
+from .reports import CutReport, PruneReport
 
 RECALIBRATION_BATCHES = 32
 
@@ -73,8 +75,8 @@ def prune(
 ) -> fx.GraphModule:
     """A physically smaller copy of `model`, its least important channels, heads, neurons and hidden states removed.
 
-    What was done is in `result.meta["info"]["prune"]`: the share that is left after each step and, under "kept", the
-    kind, size and kept indices of every axis of the original.
+    What was done is in `PruneReport.of(result)`: the share that is left after each step, and the kind, size and kept
+    indices of every axis of the original.
 
     Args:
         model: any model `capture` takes, or an already captured one (then without `example_inputs`).
@@ -151,7 +153,7 @@ def _in_steps(
 ) -> fx.GraphModule:
     """Cuts and trains once per goal, a share of what the first model has; cuts that were made are made again."""
     axes = infer_axes(gm)
-    whole, kept, done = {axis.name: axis.size for axis in axes}, Kept(axes), list[dict[str, float]]()
+    whole, kept, done = {axis.name: axis.size for axis in axes}, Kept(axes), list[CutReport]()
     data, left = job.context.data, 1.0
     cuts = [Cut(**cut) for cut in store.saved["cuts"]] if store.saved is not None else []
     for number, goal in enumerate(goals, 1):
@@ -164,14 +166,14 @@ def _in_steps(
         kept.cut(plan_axes(axes, keep))
         gm = shrink_axes(axes, keep, exact=job.exact)
         left *= cut.left
-        done.append({"goal": goal, "left": left, **cut.note})
+        done.append(CutReport(goal=goal, left=left, **cut.note))
         if data is not None and (finetune or len(goals) > 1):
             recalibrate_batchnorm(gm, data, batches=RECALIBRATION_BATCHES, seed=job.context.seed)
         if data is not None and finetune:
             folder = None if store.folder is None else store.folder / f"cut-{number}"
             _train(gm, data, finetune, job.context, training, folder)
-    report = {"metric": job.metric, "importance": job.importance, "steps": done, "kept": kept.table()}
-    add_info(gm, "prune", report)
+    report = PruneReport(metric=job.metric, importance=job.importance, steps=tuple(done), kept=kept.table())
+    report.keep_in(gm)
     return gm
 
 
@@ -216,7 +218,7 @@ class _Job:
         if self.metric == "latency":
             return self._by_latency(axes, scores, target, options)
         keep = choose(axes, scores, self.metric, target, self.limits, **options)
-        return Cut(_named(axes, keep), measure(axes, self.metric, candidates)(keep), {})
+        return Cut(_named(axes, keep), share_left(axes, self.metric, candidates)(keep), {})
 
     def _by_latency(self, axes: Axes, scores: Scores, target: float, options: dict[str, Any]) -> Cut:
         clock = Latency(axes, self.latency_batch, progress=self.context.progress)

@@ -26,14 +26,12 @@ from torch import Tensor, fx
 
 from ...errors import RequestError
 from ...passes.axes.axes import Axes, Axis
-from ...passes.dims.dims import Atom
+from ...passes.axes.axis_kinds import BRANCH
+from ...passes.dims.dims import Atom, Keep
 from ...passes.edit.cut_points import blocks
 from ..importance.group_sums import normalised
 
-BRANCH = "branch"
 SCOPES = ("global", "axis", "block")
-
-Keep = dict[Atom, Tensor]  # kept indices, ascending; nothing for a branch that goes
 
 _NOTHING = torch.zeros(0, dtype=torch.int64)
 _FINE, _WIDE = 24, 128  # from these sizes on, hardware likes multiples of 8 and of 16

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ...errors import RequestError
 from ...passes.axes.axes import Axes, Axis
-from .cost_left import Left, measure
-from .ranking import BRANCH, Keep, Limits, Ranking, Unit
+from ...passes.axes.axis_kinds import BRANCH
+from ...passes.dims.dims import Keep
+from .cost_left import Left, share_left
+from .ranking import Limits, Ranking, Unit
 
 TOLERANCE = 0.02
 _REFINEMENTS = 256
@@ -37,7 +39,7 @@ def choose(
     Raises:
         RequestError: the target cannot be met within the limits, an unknown scope or ignored name.
     """
-    left = measure(axes, metric, limits.candidates(axes))
+    left = share_left(axes, metric, limits.candidates(axes))
     ranking = Ranking(axes, scores, limits, saved_by(axes, left), scope=scope, comparable=comparable, whole=whole)
     return ranking.keep(search(ranking, left, metric, target))
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from ...errors import RequestError
 from ...passes.graph.copying import deep_copy
 from ...passes.graph.cost import node_macs
-from ...passes.graph.meta import add_info
 from ...passes.modules.ragged_recurrent import RaggedRecurrent
 from ..training.hooks import Hook, TrainingRun
+from .reports import PruneWeightsReport
 
 aten = torch.ops.aten
 
@@ -52,8 +52,8 @@ def _multiplies(weight: fx.Node) -> Callable[[fx.Node], bool]:
 def prune_weights(gm: fx.GraphModule, sparsity: float, *, scope: str = "global") -> fx.GraphModule:
     """A copy of `gm` in which exactly round(sparsity * n) of the n weights are zero, the smallest in magnitude.
 
-    To train what is left, give `fit` the hook `HoldZeros(result)`. What was done is in
-    `result.meta["info"]["prune_weights"]`: the share of zeros of every weight.
+    To train what is left, give `fit` the hook `HoldZeros(result)`. What was done is in `PruneWeightsReport.of(result)`:
+    the share of zeros of every weight.
 
     Args:
         gm: a captured model; see `weights_of` for what counts as a weight.
@@ -78,8 +78,7 @@ def prune_weights(gm: fx.GraphModule, sparsity: float, *, scope: str = "global")
     for group in groups:
         _zero_smallest(group, sparsity)
     zeros = {name: float((weight == 0).double().mean()) for name, weight in weights.items()}
-    report = {"sparsity": sparsity, "scope": scope, "zeros": zeros}
-    add_info(result, "prune_weights", report)
+    PruneWeightsReport(sparsity=sparsity, scope=scope, zeros=zeros).keep_in(result)
     return result
 
 

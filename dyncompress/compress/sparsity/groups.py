@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 
 from ...errors import RequestError
 from ...passes.axes.axes import Axes, Axis
-from ...passes.axes.axis_kinds import BRANCH, KINDS
+from ...passes.axes.axis_kinds import AXIS_KINDS, BRANCH
 from ..importance.group_sums import parameter_slices
 
 AXES, LAYERS = "axes", "layers"
-REMOVABLE = (AXES, LAYERS, *KINDS)
+REMOVABLE = (AXES, LAYERS, *AXIS_KINDS)
 _OF_WEIGHTS = ("filters", "columns", "shapes", "tiles")
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ...passes.axes.axes import Axes, Axis
 from ...passes.axes.axis_kinds import BRANCH
-from ..pruning.ranking import Keep, Limits, dead_axes
+from ...passes.dims.dims import Keep
+from ..pruning.ranking import Limits, dead_axes
 from .group_lasso import GroupLasso
 
 DEADLINE = 0.6  # of the sparsifying epochs

@@ -14,12 +14,14 @@ from ...errors import RequestError
 from ...passes.axes.axes import as_keep, infer_axes
 from ...passes.axes.axis_kinds import BRANCH
 from ...passes.graph.copying import deep_copy
-from ...passes.graph.meta import info_of
 from ...passes.modules.counted_norms import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
 from ...passes.shrink.plan import Plan, plan_axes
+from ..pruning.kept_indices import KeptAxis
+from ..pruning.reports import PruneReport
 from ..training.batches import LabelledData
 from ..training.losses import cross_entropy
 from ..training.trainer import LossFunction, fit
+from .sparsify_report import SparsifyReport
 
 
 def retrain(
@@ -97,16 +99,20 @@ _COUNTED = CountedGroupNorm | CountedLayerNorm | CountedRMSNorm
 
 
 def _plan(small: fx.GraphModule, early: fx.GraphModule) -> Plan:
-    info = info_of(small)
-    report = info.get("sparsify") or info.get("prune")
-    if report is None:
-        raise RequestError("the smaller model carries no report: it has to come from sparsify or prune")
-    axes = infer_axes(early)
-    kept = {name: axis["kept"] for name, axis in report["kept"].items()}
+    axes, found = infer_axes(early), _kept(small)
+    kept = {name: list(axis.kept) for name, axis in found.items()}
     missing = sorted(kept.keys() - {axis.name for axis in axes})
     if missing:
         raise RequestError(
             f"the earlier weights are of another model, without {missing[0]}: give the one that was made smaller"
         )
-    gone = {name for name, indices in kept.items() if not indices and report["kept"][name]["kind"] != BRANCH}
+    gone = {name for name, indices in kept.items() if not indices and found[name].kind != BRANCH}
     return plan_axes(axes, as_keep(axes, {name: indices for name, indices in kept.items() if name not in gone}))
+
+
+def _kept(small: fx.GraphModule) -> dict[str, KeptAxis]:
+    if SparsifyReport.is_in(small):
+        return SparsifyReport.of(small).kept
+    if PruneReport.is_in(small):
+        return PruneReport.of(small).kept
+    raise RequestError("the smaller model carries no report: it has to come from sparsify or prune")

@@ -17,14 +17,13 @@ from torch import Tensor, fx
 from ...errors import RequestError
 from ...passes.axes.axes import Axes, as_keep, infer_axes
 from ...passes.axes.axis_kinds import BRANCH
-from ...passes.dims.dims import Atom
-from ...passes.graph.meta import add_info
+from ...passes.dims.dims import Atom, Keep
 from ...passes.shrink.shrink import shrink_axes
 from ..importance.activations import activation_scores
 from ..importance.scores import Context, Scores
-from ..pruning.cost_left import COUNTS, Left, measure
+from ..pruning.cost_left import COUNTS, Left, share_left
 from ..pruning.kept_indices import Kept
-from ..pruning.ranking import Keep, Limits, Ranking, default_scope
+from ..pruning.ranking import Limits, Ranking, default_scope
 from ..pruning.removal_search import saved_by, search
 from ..training.batches import LabelledData
 from ..training.hooks import Hook, TrainingRun
@@ -34,6 +33,7 @@ from ..training.trainer import LossFunction
 from .group_lasso import GroupLasso
 from .groups import check_kinds
 from .lambda_schedule import DEADLINE, doomed, horizon, keep_without, pulls, spared
+from .sparsify_report import SparsifyReport, SurgeryReport
 
 _CHECKS = 50  # while sparsifying
 _NEAR = 0.1  # share of the first model above the target
@@ -90,7 +90,7 @@ class Sparsifier(Hook):
         self._shown: Mapping[str, str] = {}
         self.strength = request.strength or 0.0
         self.learned: float | None = None  # the share that was left before the weakest were cut; None: nothing was cut
-        self.surgeries: list[dict[str, Any]] = []
+        self.surgeries: list[SurgeryReport] = []
         self._reached = self._near = False
         self._first_loss: Tensor | None = None
         axes = infer_axes(gm)
@@ -158,10 +158,15 @@ class Sparsifier(Hook):
         if not keep:
             return None
         surgery = operate(self.model, keep)
-        live = {"live": int((~zero).sum()), "groups": len(zero)}
-        left = self._left(zero)
-        note = {"epoch": epoch, **live, "left": left, "strength": self.strength, "difference": surgery.difference}
-        self.surgeries.append(note)
+        report = SurgeryReport(
+            epoch=epoch,
+            live=int((~zero).sum()),
+            groups=len(zero),
+            left=self._left(zero),
+            strength=self.strength,
+            difference=surgery.difference,
+        )
+        self.surgeries.append(report)
         return surgery
 
     def adopt(self, surgery: Surgery) -> None:
@@ -174,7 +179,7 @@ class Sparsifier(Hook):
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights."""
         return {
-            "surgeries": self.surgeries,
+            "surgeries": [asdict(done) for done in self.surgeries],
             "strength": self.strength,
             "reached": self._reached,
             "near": self._near,
@@ -185,7 +190,8 @@ class Sparsifier(Hook):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.surgeries, self.strength, self.learned = state["surgeries"], state["strength"], state["learned"]
+        self.surgeries = [SurgeryReport(**done) for done in state["surgeries"]]
+        self.strength, self.learned = state["strength"], state["learned"]
         self._reached, self._near = state["reached"], state["near"]
         device = self.lasso.sizes.device
         self._hold(state["zero"].to(device), state["pull"].to(device))
@@ -198,15 +204,17 @@ class Sparsifier(Hook):
         for name, average in self.average.items():
             parameter = self.model.get_parameter(name)
             parameter.copy_(average.to(parameter.device).masked_fill(parameter == 0, 0))
-        report: dict[str, Any] = {
-            "metric": self.asked.metric,
-            "target": self.asked.target,
-            "kinds": list(self.asked.kinds),
-            "batch_sizes": list(batch_sizes),
-        }
-        learned = self.learned if self.learned is not None else self._share
-        report |= {"learned": learned, "left": self._share, "surgeries": self.surgeries, "kept": self.kept.table()}
-        add_info(self.model, "sparsify", report)
+        report = SparsifyReport(
+            metric=self.asked.metric,
+            target=self.asked.target,
+            kinds=self.asked.kinds,
+            batch_sizes=tuple(batch_sizes),
+            learned=self.learned if self.learned is not None else self._share,
+            left=self._share,
+            surgeries=tuple(self.surgeries),
+            kept=self.kept.table(),
+        )
+        report.keep_in(self.model)
         return self.model
 
     # --- the model as it is -------------------------------------------------------------------------------------------
@@ -217,7 +225,7 @@ class Sparsifier(Hook):
         candidates = self.asked.limits.candidates(self._axes)
         self.lasso = GroupLasso(self._axes, self.asked.kinds, candidates=candidates)
         self._share = COUNTS[self.asked.metric](gm) / self._amount
-        self._measured = _remembered(measure(self._axes, self.asked.metric, candidates))
+        self._measured = _remembered(share_left(self._axes, self.asked.metric, candidates))
         pull = self._floors() if self.asked.target is None else torch.zeros_like(self.lasso.sizes)
         self._hold(~self.lasso.live, pull)
 

@@ -59,9 +59,8 @@ def sparsify(
 ) -> fx.GraphModule:
     """A physically smaller copy of `model` whose structure was learned: trained with group lasso, then without.
 
-    What was done is in `result.meta["info"]["sparsify"]`: every surgery, the share that group lasso left (`learned`)
-    and that is left after what it did not reach was cut (`left`), the batch of every epoch, and under "kept" the kind,
-    size and kept indices of every axis of the original.
+    What was done is in `SparsifyReport.of(result)`: every surgery, the share that group lasso left and that is left
+    after what it did not reach was cut, the batch of every epoch, and what is kept of every axis of the original.
 
     Args:
         model: any model `capture` takes, or an already captured one; trained or not.

@@ -122,8 +122,8 @@ class Calibration:
     ece_before: float
     ece_after: float
     ece_floor: float
-    before: list[Bin]
-    after: list[Bin]
+    before: tuple[Bin, ...]
+    after: tuple[Bin, ...]
 
 
 def calibrate_exits(logits: Sequence[Tensor], labels: Tensor) -> tuple[Calibration, ...]:
@@ -137,5 +137,5 @@ def calibrate_exits(logits: Sequence[Tensor], labels: Tensor) -> tuple[Calibrati
         temperature = fit_temperature(z, labels)
         before, after = reliability(z, labels), reliability(z / temperature, labels)
         floor = expected_ece_floor(z / temperature)
-        done.append(Calibration(temperature, _ece(before), _ece(after), floor, before, after))
+        done.append(Calibration(temperature, _ece(before), _ece(after), floor, tuple(before), tuple(after)))
     return tuple(done)

@@ -30,7 +30,7 @@ _SAMPLES, _LEAST, _REPEATS = 32, 3, 5  # samples to be timed, in so many batches
 
 
 @dataclass(frozen=True)
-class Costs:
+class CallTimes:
     """Milliseconds of one sample: stages (K + 1,) without heads, heads (K,) and deciding, the static model."""
 
     stages: tuple[float, ...]
@@ -45,7 +45,7 @@ def time_costs(
     *,
     batch: int = 1,
     device: torch.device | str | None = None,
-) -> Costs:
+) -> CallTimes:
     """Measured on the first samples of a data set; `policy` decides, whatever its thresholds.
 
     Raises:
@@ -58,7 +58,7 @@ def time_costs(
             taken = [_walk(pieces, inputs, policy, where) for _ in range(1 + _REPEATS)][1:]
             rows.append([median(column) for column in zip(*taken, strict=True)])
     static, *parts = (fmean(column) for column in zip(*rows, strict=True))
-    return Costs(tuple(parts[::2]), tuple(parts[1::2]), static)
+    return CallTimes(tuple(parts[::2]), tuple(parts[1::2]), static)
 
 
 def _walk(pieces: Pieces, inputs: Any, policy: ExitPolicy, device: torch.device) -> list[float]:

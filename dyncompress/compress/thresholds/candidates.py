@@ -22,8 +22,8 @@ from ...runtime.predict.policy import RULES, ExitPolicy, State
 from ..evaluation.evaluate import collect_logits, ready
 from ..training.batches import LabelledData, call, in_order
 from ..training.losses import UNLABELLED
-from .call_costs import Costs
-from .operating_points import Floats, Ints, Objective, OperatingPoint, Search, exit_costs, lexargmin
+from .call_costs import CallTimes
+from .operating_points import CostUnit, Floats, Ints, Objective, OperatingPoint, Search, exit_costs, lexargmin
 from .quotas import quota_shares, thresholds_for_shares
 from .thresholds import ThresholdSearch
 
@@ -35,23 +35,24 @@ _OFF, _NOBODY = -0.2, -0.1  # a gene between the two switches its exit off, one 
 class Cached:
     """What policies are played on.
 
-    logits: raw (N, classes) of every exit, early first, the final one last. labels: (N,) int64. stage_macs: multiply-
-    adds, or milliseconds (`timed`), of each stage for one sample without heads, one more than there are early exits;
-    head_macs: of their heads.
+    logits: raw (N, classes) of every exit, early first, the final one last. labels: (N,) int64. stage_costs: of each
+    stage for one sample without heads, one more than there are early exits; head_costs: of their heads. cost_unit:
+    of both; `timed` has milliseconds.
     """
 
     logits: Sequence[Tensor]
     labels: Tensor
-    stage_macs: Sequence[float]
-    head_macs: Sequence[float]
+    stage_costs: Sequence[float]
+    head_costs: Sequence[float]
+    cost_unit: CostUnit = "MACs"
 
     def rows(self, index: Tensor) -> "Cached":
         """Some of the samples only."""
         return replace(self, logits=[z[index] for z in self.logits], labels=self.labels[index])
 
-    def timed(self, costs: Costs) -> "Cached":
+    def timed(self, times: CallTimes) -> "Cached":
         """The same samples, each of which costs milliseconds."""
-        return replace(self, stage_macs=costs.stages, head_macs=costs.heads)
+        return replace(self, stage_costs=times.stages, head_costs=times.heads, cost_unit="ms")
 
     @cached_property
     def right(self) -> Floats:
@@ -61,7 +62,7 @@ class Cached:
     def play(self, policy: ExitPolicy) -> OperatingPoint:
         """What a policy does on these samples."""
         at, right = self.answered(policy)
-        return OperatingPoint.of(policy.thresholds, at, right, self.costs(policy.thresholds)[at])
+        return OperatingPoint.of(policy.thresholds, at, right, self.costs(policy.thresholds)[at], self.cost_unit)
 
     def answered(self, policy: ExitPolicy) -> tuple[Ints, Floats]:
         """The exit that answers each sample under a policy, and whether rightly, 0 or 1: (N,) each."""
@@ -69,13 +70,13 @@ class Cached:
         return at.cpu().numpy(), (answer == self.labels).double().cpu().numpy()
 
     def costs(self, thresholds: Sequence[float | None]) -> Floats:
-        """MACs of a sample that leaves at each exit, (K + 1,)."""
-        return exit_costs(self.stage_macs, self.head_macs, [t is not None for t in thresholds])
+        """Costs of a sample that leaves at each exit, (K + 1,)."""
+        return exit_costs(self.stage_costs, self.head_costs, [t is not None for t in thresholds])
 
     def grid(self, policy: ExitPolicy) -> ThresholdSearch:
         """The search over all thresholds of a policy's rule, at its temperatures."""
         calibrated = [z / t for z, t in zip(self.logits, (*policy.temperatures, 1.0), strict=True)]
-        return ThresholdSearch(calibrated, self.labels, self.stage_macs, self.head_macs, policy.rule)
+        return ThresholdSearch(calibrated, self.labels, self.stage_costs, self.head_costs, policy.rule, self.cost_unit)
 
 
 def collect_cached(dynamic: DynamicModel, data: LabelledData, device: torch.device | str | None = None) -> Cached:
@@ -112,23 +113,24 @@ class Candidates(Search):
     """
 
     def __init__(self, policies: Sequence[ExitPolicy], cached: Cached) -> None:
-        count, exits = len(cached.labels), len(cached.head_macs)
+        count, exits = len(cached.labels), len(cached.head_costs)
         if count == 0:
             raise RequestError("thresholds need at least one labelled sample")
+        self.cost_unit = cached.cost_unit
         made = {p.thresholds: cached.answered(p) for p in (ExitPolicy.never(exits), *policies)}
         self.thresholds = list(made)
         self.at, self.right = (np.stack(column) for column in zip(*made.values(), strict=True))
-        self.macs: Floats = np.take_along_axis(np.stack([cached.costs(t) for t in made]), self.at, 1)
+        self.spent: Floats = np.take_along_axis(np.stack([cached.costs(t) for t in made]), self.at, 1)
 
     def subset(self, rows: Ints) -> "Candidates":
         """The same policies, played on some of the samples only."""
         part = copy.copy(self)
-        part.at, part.right, part.macs = self.at[:, rows], self.right[:, rows], self.macs[:, rows]
+        part.at, part.right, part.spent = self.at[:, rows], self.right[:, rows], self.spent[:, rows]
         return part
 
     @property
     def _tables(self) -> tuple[Floats, Floats]:
-        return self.right.sum(1), self.macs.sum(1)
+        return self.right.sum(1), self.spent.sum(1)
 
     def right_with(self, thresholds: Sequence[float | None]) -> Floats:
         """Whether each sample is answered rightly under a candidate's thresholds: (N,) of 0 and 1."""
@@ -138,21 +140,23 @@ class Candidates(Search):
         return self._point(lexargmin(*objective(*self._tables)))
 
     def curve(self, points: int = 20) -> list[OperatingPoint]:
-        """The candidates that none beats in both accuracy and mean MACs, at most `points` of them, by rising MACs."""
-        reached, macs = self.right.mean(1), self.macs.mean(1)
-        order = np.lexsort((-reached, macs))
+        """The candidates that none beats in both accuracy and mean cost, at most `points` of them, by rising cost."""
+        reached, spent = self.right.mean(1), self.spent.mean(1)
+        order = np.lexsort((-reached, spent))
         best = np.maximum.accumulate(np.append(-1.0, reached[order]))
         front = order[best[1:] > best[:-1]]
         picked = np.unique(np.linspace(0, len(front) - 1, points).round().astype(int))
         return [self._point(i) for i in front[picked]]
 
     def _point(self, index: int) -> OperatingPoint:
-        return OperatingPoint.of(self.thresholds[index], self.at[index], self.right[index], self.macs[index])
+        return OperatingPoint.of(
+            self.thresholds[index], self.at[index], self.right[index], self.spent[index], self.cost_unit
+        )
 
 
 def by_quota(template: ExitPolicy, cached: Cached) -> list[ExitPolicy]:
     """The 39 policies of budgeted batch classification; rule, temperatures and weights as the template's."""
-    quotas = quota_shares(len(cached.head_macs))
+    quotas = quota_shares(len(cached.head_costs))
     return [thresholds_for_shares(template, cached.logits, shares) for shares in quotas]
 
 
@@ -175,7 +179,7 @@ def by_one_threshold(template: ExitPolicy, cached: Cached) -> list[ExitPolicy]:
 def by_genetic_search(
     template: ExitPolicy, cached: Cached, *, seed: int = 0, progress: bool = False
 ) -> list[ExitPolicy]:
-    """All policies that NSGA-II met on its way to few errors and few MACs.
+    """All policies that NSGA-II met on its way to few errors and a low cost.
 
     Raises:
         RequestError: optuna is not installed.
@@ -185,7 +189,7 @@ def by_genetic_search(
     except ImportError as error:
         raise RequestError("the genetic threshold search needs optuna: pip install optuna") from error
 
-    exits = len(cached.head_macs)
+    exits = len(cached.head_costs)
     met: list[ExitPolicy] = []
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
@@ -193,7 +197,7 @@ def by_genetic_search(
         shares = [None if gene < _NOBODY else max(0.0, gene) for gene in genes]
         met.append(thresholds_for_shares(template, cached.logits, shares))
         point = cached.play(met[-1])
-        return 1 - point.accuracy, point.mean_macs
+        return 1 - point.accuracy, point.mean_cost
 
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

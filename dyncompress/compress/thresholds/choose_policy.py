@@ -2,8 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,13 +12,14 @@ from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.predict.policy import RULES, ExitPolicy, Fallback, OperatingPolicy
 from ..training.batches import LabelledData
 from .calibrate import Calibration, calibrate_exits
-from .call_costs import Cost, Costs, time_costs
+from .call_costs import CallTimes, Cost, time_costs
 from .candidates import Cached, Candidates, by_genetic_search, by_one_threshold, by_quota, collect_cached
 from .goal import Goal, RiskKind, SearchKind
 from .held_out_loss import held_out_slack
 from .learned_score import fit_scorer
 from .operating_points import OperatingPoint, Search
-from .risk import RiskControl, control_risk, risk_path
+from .policy_report import CurvePoint, ExitReport, LatencyReport, PolicyReport, StaticPoint
+from .risk import Promise, control_risk, risk_path
 
 _PATH_POINTS = 100  # of the curve that risk control walks along
 
@@ -43,7 +43,7 @@ def choose_policy(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
+) -> PolicyReport:
     """Sets `dynamic.policy` for a stated accuracy loss, budget or risk, and `dynamic.table` for other budgets.
 
     Another goal is another call, no training.
@@ -68,11 +68,6 @@ def choose_policy(
             more; losses count from the better one of the two.
         seed: of the division into halves and of the genetic search.
 
-    Returns:
-        What was measured on the calibration set, as plain numbers, text and lists: static, final and dynamic accuracy
-        and MACs, every exit's temperature and ECE before and after, the policy, the curve of accuracy over mean MACs,
-        what was promised, the milliseconds that were measured and those that the policy should take.
-
     Raises:
         RequestError: no labelled samples, too few for the promise, or thresholds that do what is asked do not exist.
     """
@@ -92,40 +87,41 @@ def choose_policy(
         tuning, whole = tuning.timed(timed), timed.static
     search = _search(goal, template, tuning, seed, progress)
     static_right = _static_right(samples, static_logits)
-    promise: RiskControl | None = None
+    promise: Promise | None = None
     if risk is not None and promising is not None:
-        promise = _promise(search, template, tuning, promising, goal, risk, seed)
-        dynamic.policy = promise.policy
+        dynamic.policy, promise = _promise(search, template, tuning, promising, goal, risk, seed)
     else:
         point = _within_loss(search, static_right, max_loss) if goal.budget is None else _within(search, goal, whole)
         dynamic.policy = replace(template, thresholds=point.thresholds)
     dynamic.table = _table(template, search.curve(), samples)
-    report = _report(dynamic, samples, static_right, fitted)
-    report["latency"] = None if timed is None else _in_time(timed, latency_batch, tuning.play(dynamic.policy))
-    return {**report, "risk": None if promise is None else {k: v for k, v in asdict(promise).items() if k != "policy"}}
+    in_time = None if timed is None else _in_time(timed, latency_batch, tuning.play(dynamic.policy))
+    return _report(dynamic, samples, static_right, fitted, in_time, promise)
 
 
-def _in_time(timed: Costs, batch: int, played: OperatingPoint) -> dict[str, Any]:
-    """Milliseconds per sample."""
-    parts = {"stages_ms": list(timed.stages), "heads_ms": list(timed.heads)}
-    return {"batch": batch, "static_ms": timed.static, "mean_ms": played.mean_macs, **parts}
+def _in_time(timed: CallTimes, batch: int, played: OperatingPoint) -> LatencyReport:
+    assert played.cost_unit == "ms"
+    parts = {"stages_ms": timed.stages, "heads_ms": timed.heads}
+    return LatencyReport(batch=batch, static_ms=timed.static, mean_ms=played.mean_cost, **parts)
 
 
 def _report(
-    dynamic: DynamicModel, samples: Cached, static_right: Tensor, fitted: Sequence[Calibration]
-) -> dict[str, Any]:
+    dynamic: DynamicModel, samples: Cached, static_right: Tensor, fitted: Sequence[Calibration],
+    latency: LatencyReport | None, promise: Promise | None,
+) -> PolicyReport:  # fmt: skip
     """What the chosen policy and the exits by themselves do."""
     chosen, alone = samples.play(dynamic.policy), samples.right.mean(1).tolist()
     rows = zip([*dynamic.exits, "output"], chosen.shares, alone, fitted, strict=True)
-    return {
-        "samples": len(samples.labels),
-        "static": {"accuracy": float(static_right.double().mean()), "macs": dynamic.static_macs},
-        "final": {"accuracy": alone[-1]},
-        "dynamic": {"accuracy": chosen.accuracy, "mean_macs": chosen.mean_macs},
-        "exits": [{"at": at, "share": share, "accuracy_on_all": right, **asdict(c)} for at, share, right, c in rows],
-        "policy": dynamic.policy.to_dict(),
-        "curve": [{"mean_macs": row.mean_macs, "accuracy": row.accuracy} for row in dynamic.table],
-    }
+    return PolicyReport(
+        samples=len(samples.labels),
+        static=StaticPoint(accuracy=float(static_right.double().mean()), macs=dynamic.static_macs),
+        final=StaticPoint(accuracy=alone[-1]),
+        dynamic=CurvePoint(mean_macs=chosen.mean_cost, accuracy=chosen.accuracy),
+        exits=tuple(ExitReport(at=at, share=share, accuracy_on_all=right, **vars(c)) for at, share, right, c in rows),
+        policy=dynamic.policy,
+        curve=tuple(CurvePoint(mean_macs=row.mean_macs, accuracy=row.accuracy) for row in dynamic.table),
+        latency=latency,
+        risk=promise,
+    )
 
 
 def _static_right(samples: Cached, static_logits: Tensor | None) -> Tensor:
@@ -174,34 +170,34 @@ def _within(search: Search, goal: Goal, whole: float) -> OperatingPoint:
     """Within the goal's share of what the static model costs."""
     budget, what = goal.budget or 0.0, "MACs" if goal.least == "macs" else "milliseconds"
     try:
-        return search.for_macs(budget * whole)
+        return search.for_cost(budget * whole)
     except RequestError as error:
         raise RequestError(
             f"no thresholds keep the mean within {budget:g} of the static model's {what}, the least is "
-            f"{search.least / whole:.2f}: allow more or put the first exit earlier"
+            f"{search.least_cost / whole:.2f}: allow more or put the first exit earlier"
         ) from error
 
 
 def _promise(
     search: Search, template: ExitPolicy, tuning: Cached, promising: Cached, goal: Goal, risk: float, seed: int
-) -> RiskControl:
+) -> tuple[ExitPolicy, Promise]:
     delta = 1 - goal.confidence
     by_macs = [replace(template, thresholds=point.thresholds) for point in search.curve(_PATH_POINTS)]
     path = risk_path(by_macs, tuning.logits)
     labels = promising.labels if goal.risk_of == "accuracy-loss" else None
-    promise = control_risk(promising.logits, labels, path, risk=risk, delta=delta, seed=seed)
-    if all(threshold is None for threshold in promise.policy.thresholds):
+    policy, promise = control_risk(promising.logits, labels, path, risk=risk, delta=delta, seed=seed)
+    if all(threshold is None for threshold in policy.thresholds):
         warnings.warn(
             f"no exit keeps the risk of {risk:g} with confidence {goal.confidence:g} on {promise.samples} samples, so "
             "all are off: allow a larger risk, give more data or train the exits longer",
             stacklevel=3,
         )
-    return promise
+    return policy, promise
 
 
 def _table(template: ExitPolicy, points: Sequence[OperatingPoint], cached: Cached) -> list[OperatingPolicy]:
     """The points with what they do on all samples, by rising MACs."""
     policies = [replace(template, thresholds=point.thresholds) for point in points]
     played = [(cached.play(policy), policy) for policy in policies]
-    rows = [OperatingPolicy(point.mean_macs, point.accuracy, policy) for point, policy in played]
+    rows = [OperatingPolicy(point.mean_cost, point.accuracy, policy) for point, policy in played]
     return sorted(rows, key=lambda row: row.mean_macs)

@@ -34,15 +34,14 @@ _TIGHT_STEPS = 20
 
 
 @dataclass(frozen=True)
-class RiskControl:
-    """What was promised, and the policy that keeps it.
+class Promise:
+    """What a policy keeps on unseen samples.
 
     risk: eps, a rate 0..1. confidence: 1 - delta. samples: of the calibration set. loss: "disagreement" or
-    "accuracy-loss". observed: the mean loss of `policy` on the calibration set. p_value: of its risk being > eps.
-    step: how far along the path of `steps` policies it lies; 0 = nobody leaves early.
+    "accuracy-loss". observed: the policy's mean loss on the calibration set. p_value: of its risk being > eps. step:
+    how far along the path of `steps` policies it lies; 0 = nobody leaves early.
     """
 
-    policy: ExitPolicy
     risk: float
     confidence: float
     samples: int
@@ -61,7 +60,7 @@ def control_risk(
     risk: float,
     delta: float,
     seed: int = 0,
-) -> RiskControl:
+) -> tuple[ExitPolicy, Promise]:
     """The last policy of a path whose risk is proven to be at most `risk`, with probability at least 1 - `delta`.
 
     Args:
@@ -88,7 +87,7 @@ def control_risk(
         raise RequestError("the first policy of the path fails already: it must be the one that never exits")
     name = "disagreement" if labels is None else "accuracy-loss"
     observed, p = float(loss_PN[step].mean()), float(p_P[step])
-    return RiskControl(path[step], risk, 1 - delta, count, name, observed, p, step, len(path))
+    return path[step], Promise(risk, 1 - delta, count, name, observed, p, step, len(path))
 
 
 def check_rates(risk: float, delta: float) -> None:

@@ -5,8 +5,8 @@ sample i reaches at exit k, every combination (j_1..j_K) of candidates is counte
 
     right(j_1..j_K) = sum_k #{i : l_m(i) <= j_m for all m < k, l_k(i) > j_k, exit k is right about i}
 
-and MACs likewise, where a head counts for the samples that reach it, unless its exit is off. So the best combination on
-the grid is exact. One exit's threshold at a time is then moved to its best place between any two samples, the others
+and costs likewise, where a head counts for the samples that reach it, unless its exit is off. So the best combination
+on the grid is exact. One exit's threshold at a time is then moved to its best place between any two samples, the others
 fixed, until nothing improves.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...errors import RequestError
 from ...runtime.predict.policy import RULES, check_rule
-from .operating_points import Floats, Ints, Objective, OperatingPoint, Search, exit_costs, lexargmin
+from .operating_points import CostUnit, Floats, Ints, Objective, OperatingPoint, Search, exit_costs, lexargmin
 
 _TABLE_SIZE = 250_000  # combinations of thresholds counted at once
 _MAX_EXITS = 16
@@ -32,8 +32,9 @@ class ThresholdSearch(Search):
     Args:
         logits: calibrated logits (N, classes) of every exit, early first, the final one last.
         labels: (N,) int64.
-        stage_macs: multiply-adds of each stage for one sample without heads, one more than there are early exits.
-        head_macs: multiply-adds of each early exit's head for one sample.
+        stage_costs: of each stage for one sample without heads, one more than there are early exits.
+        head_costs: of each early exit's head for one sample.
+        cost_unit: of both.
         rule: a name in `runtime.policy.RULES`.
 
     Raises:
@@ -44,12 +45,14 @@ class ThresholdSearch(Search):
         self,
         logits: Sequence[Tensor],
         labels: Tensor,
-        stage_macs: Sequence[float],
-        head_macs: Sequence[float],
+        stage_costs: Sequence[float],
+        head_costs: Sequence[float],
         rule: str = "max-softmax",
+        cost_unit: CostUnit = "MACs",
     ) -> None:
-        _check(logits, labels, stage_macs, head_macs, rule)
-        self.stage_macs, self.head_macs = np.asarray(stage_macs, np.float64), np.asarray(head_macs, np.float64)
+        _check(logits, labels, stage_costs, head_costs, rule)
+        self.cost_unit = cost_unit
+        self.stage_costs, self.head_costs = np.asarray(stage_costs, np.float64), np.asarray(head_costs, np.float64)
         self.right = np.stack([(z.argmax(-1) == labels).double().cpu().numpy() for z in logits])
         # scores are signed so that the higher is the surer; `worst` is the least there can be
         self.sign, self.worst = (1.0, 0.0) if RULES[rule].high_leaves else (-1.0, -1.0)
@@ -76,10 +79,10 @@ class ThresholdSearch(Search):
 
     def curve(self, points: int = 20) -> list[OperatingPoint]:
         """The best accuracy at `points` budgets evenly spaced from the cheapest choice to the dearest, in order."""
-        right, macs = (table.ravel() for table in self._tables)
-        order = np.lexsort((-right, macs))
-        macs, best = macs[order], np.maximum.accumulate(right[order])
-        within = np.searchsorted(macs, np.linspace(macs[0], macs[-1], points) * (1 + 1e-12), side="right") - 1
+        right, spent = (table.ravel() for table in self._tables)
+        order = np.lexsort((-right, spent))
+        spent, best = spent[order], np.maximum.accumulate(right[order])
+        within = np.searchsorted(spent, np.linspace(spent[0], spent[-1], points) * (1 + 1e-12), side="right") - 1
         cheapest = np.searchsorted(best, best[within])  # the first combination that is as good
         return [self._point(self._on_grid(order[i])) for i in dict.fromkeys(cheapest.tolist())]
 
@@ -102,10 +105,10 @@ class ThresholdSearch(Search):
 
     @cached_property
     def _tables(self) -> tuple[Floats, Floats]:
-        """Right answers and MACs of all samples for every combination of candidates; the last index means off."""
+        """Right answers and costs of all samples for every combination of candidates; the last index means off."""
         levels = [np.searchsorted(g, s, side="right") for g, s in zip(self._grid, self.scores, strict=True)]
         shape = tuple(len(g) + 1 for g in self._grid)
-        right, macs = np.zeros(shape), np.zeros(shape)
+        right, spent = np.zeros(shape), np.zeros(shape)
 
         def passed(k: int, weight: Floats, through: int) -> Floats:
             """Sums over the samples that pass all exits before k, per level at the exits k..through-1."""
@@ -121,13 +124,13 @@ class ThresholdSearch(Search):
         for k in range(self.exits):
             reached = passed(k, ones, k)
             is_on = np.arange(shape[k]) < shape[k] - 1
-            head = self.head_macs[k] * is_on.reshape([-1 if axis == k else 1 for axis in range(self.exits)])
-            macs += reached * (self.stage_macs[k] + head)
+            head = self.head_costs[k] * is_on.reshape([-1 if axis == k else 1 for axis in range(self.exits)])
+            spent += reached * (self.stage_costs[k] + head)
             stay_or_leave = passed(k, self.right[k], k + 1)
             right += stay_or_leave.sum(k, keepdims=True) - stay_or_leave.cumsum(k)
-        macs += passed(self.exits, ones, self.exits) * self.stage_macs[-1]
+        spent += passed(self.exits, ones, self.exits) * self.stage_costs[-1]
         right += passed(self.exits, self.right[-1], self.exits)
-        return right, macs
+        return right, spent
 
     def _on_grid(self, index: int) -> Floats:
         places = np.unravel_index(index, self._tables[0].shape)
@@ -143,34 +146,34 @@ class ThresholdSearch(Search):
         while improved:
             improved = False
             for k in range(self.exits):
-                moves, right, macs = self._moves(thresholds, k)
-                first, second = objective(right, macs)
+                moves, right, spent = self._moves(thresholds, k)
+                first, second = objective(right, spent)
                 best = lexargmin(first, second)
                 if (first[best], second[best]) < value:
                     thresholds[k], value, improved = moves[best], (first[best], second[best]), True
         return self._point(thresholds)
 
     def _moves(self, thresholds: Floats, k: int) -> tuple[Floats, Floats, Floats]:
-        """All places for the threshold of exit k, the others fixed, with the right answers and MACs of each."""
+        """All places for the threshold of exit k, the others fixed, with the right answers and costs of each."""
         without = thresholds.copy()
         without[k] = np.inf
         otherwise = self._leave_at(without)
-        right, macs = self.right[otherwise, np.arange(self.samples)], self._costs(without)[otherwise]
+        right, spent = self.right[otherwise, np.arange(self.samples)], self._costs(without)[otherwise]
         reach = np.flatnonzero(otherwise > k)
         reach = reach[np.argsort(-self.scores[k, reach], kind="stable")]
         more_right = np.cumsum(self.right[k, reach] - right[reach])
-        more_macs = len(reach) * self.head_macs[k] + np.cumsum(self._costs(without)[k] - macs[reach])
+        more_spent = len(reach) * self.head_costs[k] + np.cumsum(self._costs(without)[k] - spent[reach])
         ordered = np.append(self.scores[k, reach], self.worst)
         last = np.flatnonzero(ordered[:-1] > ordered[1:])  # equal scores leave together
         places = (ordered[last] + ordered[last + 1]) / 2
         return (
             np.append(np.inf, places),
             right.sum() + np.append(0, more_right[last]),
-            macs.sum() + np.append(0, more_macs[last]),
+            spent.sum() + np.append(0, more_spent[last]),
         )
 
     def _costs(self, thresholds: Floats) -> Floats:
-        return exit_costs(self.stage_macs, self.head_macs, np.isfinite(thresholds))
+        return exit_costs(self.stage_costs, self.head_costs, np.isfinite(thresholds))
 
     def _leave_at(self, thresholds: Floats) -> Ints:
         """The exit that answers each sample, the final one where none is sure: (N,)."""
@@ -181,11 +184,13 @@ class ThresholdSearch(Search):
         at = self._leave_at(thresholds)
         used = np.where(np.isin(np.arange(self.exits), at), thresholds, np.inf)
         named = tuple(float(self.sign * t) if np.isfinite(t) else None for t in used)
-        return OperatingPoint.of(named, at, self.right[at, np.arange(self.samples)], self._costs(used)[at])
+        return OperatingPoint.of(
+            named, at, self.right[at, np.arange(self.samples)], self._costs(used)[at], self.cost_unit
+        )
 
 
 def _check(
-    logits: Sequence[Tensor], labels: Tensor, stage_macs: Sequence[float], head_macs: Sequence[float], rule: str
+    logits: Sequence[Tensor], labels: Tensor, stage_costs: Sequence[float], head_costs: Sequence[float], rule: str
 ) -> None:
     check_rule(rule)
     if RULES[rule].remembers:
@@ -193,10 +198,10 @@ def _check(
     exits = len(logits) - 1
     if not 1 <= exits <= _MAX_EXITS:
         raise RequestError(f"thresholds can be searched for 1 to {_MAX_EXITS} early exits, not {exits}")
-    if len(stage_macs) != exits + 1 or len(head_macs) != exits:
+    if len(stage_costs) != exits + 1 or len(head_costs) != exits:
         raise RequestError(
             f"{exits} early exits make {exits + 1} stages and {exits} heads, "
-            f"got the MACs of {len(stage_macs)} stages and {len(head_macs)} heads"
+            f"got the costs of {len(stage_costs)} stages and {len(head_costs)} heads"
         )
     if len(labels) == 0 or any(len(z) != len(labels) for z in logits):
         raise RequestError(f"thresholds need one label per sample, got {len(logits[0])} samples, {len(labels)} labels")

@@ -1,4 +1,5 @@
-"""What the indices of an axis are, in the field's words. Rules say it where they know; the first kind in KINDS wins.
+"""What the indices of an axis are, in the field's words. Rules say it where they know; the first of AXIS_KINDS
+wins.
 
 Heads and head dims are what attention broadcasts over and contracts; the residual width is what residual sums carry.
 Hidden states are what a recurrent layer keeps, or, in a loop that capture unrolled, what a layer computes and reads
@@ -14,7 +15,7 @@ from ..dims.rule_registry import Typing
 from .branches import Branch
 
 BRANCH = "branch"
-KINDS = (
+AXIS_KINDS = (
     "hidden states", "experts", "queries per key", "heads", "head dims", "channel groups", "residual width", "channels",
     "embedding columns", "neurons",
 )  # fmt: skip
@@ -29,7 +30,7 @@ def kind_of(types: Typing, branches: Iterable[Branch]) -> dict[Atom, str]:
             said += [(atom, "residual width") for atom in leaves(types.of(branch.total)[width])]
     said += [(atom, "hidden states") for atom in _fed_back(types)]
     found: dict[Atom, str] = {}
-    for atom, kind in sorted(said, key=lambda pair: KINDS.index(pair[1])):
+    for atom, kind in sorted(said, key=lambda pair: AXIS_KINDS.index(pair[1])):
         found.setdefault(atom, kind)
     return found
 

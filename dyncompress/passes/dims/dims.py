@@ -255,7 +255,7 @@ def split(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
 
 # --- kept indices ------------------------------------------------------------------------------------------------
 
-Keep = Mapping[Atom, Tensor]
+Keep = Mapping[Atom, Tensor]  # kept indices, ascending; nothing for a branch that goes
 
 
 def new_size(dim: Dim, keep: Keep) -> int:

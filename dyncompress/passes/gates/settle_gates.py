@@ -15,7 +15,15 @@ from .read_gates import graph_gates
 
 
 @dataclass(frozen=True)
-class SettleGates(GraphPass):
+class SettledGates:
+    """The branches that lost their gates: those that run always, and those that are gone."""
+
+    always: tuple[str, ...]
+    never: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SettleGates(GraphPass[SettledGates]):
     """Takes out the gates of the named branches.
 
     1. A branch in `always` runs for every sample.
@@ -38,7 +46,7 @@ class SettleGates(GraphPass):
         if both := set(self.always) & set(self.never):
             raise RequestError(f"a branch cannot run always and never: {', '.join(sorted(both))}")
 
-    def rewrite(self, gm: fx.GraphModule) -> PassResult:
+    def rewrite(self, gm: fx.GraphModule) -> PassResult[SettledGates]:
         if exits_of(gm):
             raise RequestError("the model has exits: settle its gates before convert adds them")
         gates = {gate.branch: gate for gate in graph_gates(gm)}
@@ -60,4 +68,4 @@ class SettleGates(GraphPass):
         gm.delete_all_unused_submodules()
         gm.graph.lint()
         gm.recompile()
-        return PassResult(gm, bool(self.always or self.never), {"always": list(self.always), "never": list(self.never)})
+        return PassResult(gm, bool(self.always or self.never), SettledGates(self.always, self.never))

@@ -2,25 +2,27 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import yaml
 from torch import fx
 
 from .copying import deep_copy
 
+R = TypeVar("R")
+
 
 @dataclass(frozen=True)
-class PassResult:
+class PassResult(Generic[R]):
     """The new graph, whether it differs from the one given, and what the pass says about its work."""
 
     gm: fx.GraphModule
     modified: bool
-    report: dict[str, Any]
+    report: R
 
 
 @dataclass(frozen=True)
-class GraphPass(ABC):
+class GraphPass(ABC, Generic[R]):
     """A graph-to-graph pass; it rewrites a copy and leaves the graph it was given alone.
 
     `str(a_pass)` is the recipe text that makes it: ``insert-exits: {exits: 3}``.
@@ -28,12 +30,12 @@ class GraphPass(ABC):
 
     name: ClassVar[str]
 
-    def __call__(self, gm: fx.GraphModule) -> PassResult:
+    def __call__(self, gm: fx.GraphModule) -> PassResult[R]:
         """Runs the pass on a deep copy of `gm` (parameters included)."""
         return self.rewrite(deep_copy(gm))
 
     @abstractmethod
-    def rewrite(self, gm: fx.GraphModule) -> PassResult:
+    def rewrite(self, gm: fx.GraphModule) -> PassResult[R]:
         """Does the work; `gm` is the pass's own copy and may be changed in place."""
 
     def __str__(self) -> str:

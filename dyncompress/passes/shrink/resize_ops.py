@@ -1,18 +1,17 @@
 """The sizes that operator calls spell out (view, expand, split, groups, ...), written again from the new dims."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ..dims.dims import Atom, Dim, new_size
+from ..dims.dims import Dim, Keep, new_size
 from ..dims.rule_registry import Typing
 from ..graph.nodes import bound_args, op_name
 
 aten = torch.ops.aten
-Keep = Mapping[Atom, Tensor]
 Resizer = Callable[[Typing, fx.Node, fx.Node, Keep], None]
 
 

@@ -15,10 +15,10 @@ from .plan import masked_copy, plan_axes, sliced_copy
 from .resize_modules import resize_modules
 from .resize_ops import resize_ops
 
-Keep = Mapping[str, Tensor | list[int]]
+KeepByName = Mapping[str, Tensor | list[int]]
 
 
-def shrink(gm: fx.GraphModule, keep: Keep, *, exact: bool = False) -> fx.GraphModule:
+def shrink(gm: fx.GraphModule, keep: KeepByName, *, exact: bool = False) -> fx.GraphModule:
     """A physically smaller copy of a captured model that keeps `keep[axis name]` of each named axis.
 
     An empty list for a branch (`"layer1.0:branch": []`) or a module (`"layer3": []`) removes that residual branch, or
@@ -52,7 +52,7 @@ def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False)
     return small
 
 
-def mask(gm: fx.GraphModule, keep: Keep) -> fx.GraphModule:
+def mask(gm: fx.GraphModule, keep: KeepByName) -> fx.GraphModule:
     """A copy of the same size with every removed slice zeroed: the reference that a shrunk model must equal."""
     axes = infer_axes(gm)
     return masked_copy(gm, plan_axes(axes, as_keep(axes, keep)))

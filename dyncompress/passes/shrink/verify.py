@@ -17,7 +17,7 @@ from ..graph.meta import is_captured
 from ..graph.random_inputs import given_inputs, random_inputs
 from ..graph.restoring import evaluating
 from .plan import masked_copy, plan_axes
-from .shrink import Keep
+from .shrink import KeepByName
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _BATCH = 3
@@ -58,7 +58,7 @@ class Verification:
 def verify(
     original: fx.GraphModule,
     small: fx.GraphModule,
-    keep: Keep,
+    keep: KeepByName,
     inputs: Inputs | None = None,
     *,
     tolerance: float | None = None,

@@ -2,7 +2,7 @@
 
     {"path": "conv1", "type": "Conv2d", "args": {"in_channels": 3, ..}}
 
-"Module" is a plain container. To let a checkpoint carry one more class, add a line to `KINDS`: the class and the
+"Module" is a plain container. To let a checkpoint carry one more class, add a line to `MODULE_KINDS`: the class and the
 attributes that are its constructor's arguments, or None for a class whose `spec()` returns {"type", "args"}.
 """
 
@@ -38,7 +38,7 @@ _BATCH_NORM, _GROUP_NORM = (
 )
 _DROPOUT = ("p", "inplace")
 
-KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...] | None]] = {
+MODULE_KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...] | None]] = {
     "Module": (nn.Module, ()),
     "Linear": (nn.Linear, ("in_features", "out_features", "bias")),
     "Conv1d": (nn.Conv1d, _CONV),
@@ -70,14 +70,14 @@ KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...] | None]] = {
     "CountedGroupNorm": (CountedGroupNorm, None),
     **{name: (kind, None) for name, kind in HEADS.items()},
 }
-_NAMES = {kind: name for name, (kind, _) in KINDS.items()}
+_NAMES = {kind: name for name, (kind, _) in MODULE_KINDS.items()}
 
 
 def encode_modules(root: nn.Module) -> list[dict[str, Any]]:
     """The modules below `root`, parents before children; a module met again under a second path refers to the first.
 
     Raises:
-        DynCompressError: a module is of a class that is not in `KINDS`.
+        DynCompressError: a module is of a class that is not in `MODULE_KINDS`.
     """
     entries: list[dict[str, Any]] = []
     first_path: dict[nn.Module, str] = {}
@@ -94,7 +94,7 @@ def encode_modules(root: nn.Module) -> list[dict[str, Any]]:
         first_path[module] = path
         entry = _encode_module(module, path)
         entries.append(entry)
-        if KINDS[entry["type"]][1] is not None:  # our own classes make what is inside them
+        if MODULE_KINDS[entry["type"]][1] is not None:  # our own classes make what is inside them
             visit_children(module, f"{path}.")
 
     visit_children(root, "")
@@ -108,7 +108,7 @@ def _encode_module(module: nn.Module, path: str) -> dict[str, Any]:
             f"this model cannot be saved: module {path} is a {type(module).__name__}, which is outside the classes a "
             "checkpoint may carry"
         )
-    attributes = KINDS[name][1]
+    attributes = MODULE_KINDS[name][1]
     if attributes is None:
         args = module.spec()["args"]  # type: ignore[operator]
     else:
@@ -147,11 +147,11 @@ def decode_modules(entries: list[dict[str, Any]], tensor_count: int) -> nn.Modul
 
 
 def _decode_module(path: str, name: str, settings: dict[str, Any], tensor_count: int) -> nn.Module:
-    if name not in KINDS:
+    if name not in MODULE_KINDS:
         raise RequestError(
             f"module {path} is a {str(name)[:60]!r}, which is outside the classes a checkpoint may carry"
         )
-    kind, attributes = KINDS[name]
+    kind, attributes = MODULE_KINDS[name]
     args = {key: decode(value) for key, value in settings.items()}
     if attributes is not None and set(args) != set(attributes):
         raise RequestError(f"module {path} is a {name} with the arguments {', '.join(args)[:200]}")

@@ -116,7 +116,7 @@ def test_a_budget_is_kept_and_can_be_changed_without_training() -> None:
             report = choose_policy(model, digits().calibration, macs=share)
             accuracy, macs = loop(model, digits().calibration)
             assert macs <= share * model.static_macs
-            assert (accuracy, macs) == pytest.approx((report["dynamic"]["accuracy"], report["dynamic"]["mean_macs"]))
+            assert (accuracy, macs) == pytest.approx((report.dynamic.accuracy, report.dynamic.mean_macs))
             accuracies.append(accuracy)
         assert accuracies == sorted(accuracies)
         with pytest.raises(RequestError, match="the least is"):
@@ -124,8 +124,8 @@ def test_a_budget_is_kept_and_can_be_changed_without_training() -> None:
         report = choose_policy(model, digits().calibration, rule="entropy", max_loss=0.05)
         accuracy, macs = loop(model, digits().calibration)
         assert model.policy.rule == "entropy"
-        assert accuracy >= report["final"]["accuracy"] - 0.05 - 1e-9
-        assert macs == pytest.approx(report["dynamic"]["mean_macs"])
+        assert accuracy >= report.final.accuracy - 0.05 - 1e-9
+        assert macs == pytest.approx(report.dynamic.mean_macs)
     finally:
         model.policy = whole
 

@@ -17,10 +17,10 @@ from dyncompress.compress.gates.gate_decisions import (
 )
 from dyncompress.compress.gates.gate_losses import (
     Budget,
-    Costs,
     Drops,
     GateRun,
     Hybrid,
+    MacShares,
     Rates,
     reinforce,
     without_others,
@@ -42,7 +42,7 @@ def at(loss: Budget, steps: int, done: int) -> Budget:
 
 
 ODDS = torch.tensor([0.7, -0.4, 0.2])
-COSTS = Costs(0.1, (0.4, 0.3, 0.2))
+COSTS = MacShares(0.1, (0.4, 0.3, 0.2))
 
 
 def net(factors: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def net() -> nn.Module:
         return ResNet(4).eval()
 
 
-@pytest.mark.parametrize("kind", gating.KINDS)
+@pytest.mark.parametrize("kind", gating.GATE_KINDS)
 def test_a_budget_is_met_and_skipped(net: nn.Module, kind: str) -> None:
     """What was asked for is what the calibration set costs, and what is reported is what evaluation finds."""
     data = Halves()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import dyncompress as dc
 from dyncompress.compress.importance.scores import l2_scores
 from dyncompress.compress.pruning import latency as lat
-from dyncompress.compress.pruning.cost_left import measure
+from dyncompress.compress.pruning.cost_left import share_left
 from dyncompress.compress.pruning.latency import Latency, Table, default_cache, signature
 from dyncompress.compress.pruning.latency_choice import choose_by_latency
 from dyncompress.compress.pruning.ranking import Limits
@@ -129,7 +129,7 @@ def test_without_a_scope_the_better_one_is_taken(
 ) -> None:
     monkeypatch.setattr(Latency, "by_node", lambda self, keep: {"all": 1.0})
     axes = infer_axes(gm)
-    clock, macs = Latency(axes), measure(axes, "macs", [])
+    clock, macs = Latency(axes), share_left(axes, "macs", [])
     monkeypatch.setattr(clock, "left", macs)
     monkeypatch.setattr(clock, "measured_left", lambda small: 0.5)  # whatever goes
     scores = {axis.name: torch.rand(axis.size) ** number for number, axis in enumerate(axes.prunable)}

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 import dyncompress as dc
 from dyncompress.cli.report.plots import plot_kept
+from dyncompress.compress.sparsity.sparsify_report import SparsifyReport
 from dyncompress.model_zoo.networks.encoder import TextEncoder
 from dyncompress.model_zoo.networks.transformer import EncoderBlock
 
@@ -57,7 +58,7 @@ MODELS = pytest.mark.parametrize(
 OPTIONS: dict[str, Any] = {"finetune": 2, "batch_size": 32, "lr": 1e-2, "floor": 0.0, "device": "cpu"}
 
 
-def sparsified(make: Callable[[], nn.Module], **change: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def sparsified(make: Callable[[], nn.Module], **change: Any) -> tuple[dict[str, Tensor], SparsifyReport]:
     """The parameters of the smaller model, and the report; all of it was learned, and it still answers."""
     torch.manual_seed(0)
     model = make()
@@ -65,15 +66,15 @@ def sparsified(make: Callable[[], nn.Module], **change: Any) -> tuple[dict[str, 
     small = dc.sparsify(model, data, **OPTIONS | change)
     x, y = data.tensors
     assert (small.eval()(x).argmax(1) == y).double().mean() > 0.9
-    report = small.meta["info"]["sparsify"]
-    assert report["learned"] == report["left"] <= (change.get("params") or change["macs"])
+    report = SparsifyReport.of(small)
+    assert report.learned == report.left <= (change.get("params") or change["macs"])
     return dict(small.named_parameters()), report
 
 
 @MODELS
 def test_whole_heads_leave(make: Callable[[], nn.Module]) -> None:
     small, report = sparsified(make, params=0.8, kinds=("heads",), epochs=5)
-    heads = [len(axis["kept"]) for axis in report["kept"].values() if axis["kind"] == "heads"]
+    heads = [len(axis.kept) for axis in report.kept.values() if axis.kind == "heads"]
     assert len(heads) == DEPTH and sum(heads) < HEADS * DEPTH
     for layer, count in enumerate(heads):
         inside = count * WIDTH // HEADS
@@ -88,10 +89,10 @@ def test_dead_attention_goes_whole(
 ) -> None:
     macs = {"pre-norm text": 0.5}.get(request.node.callspec.id, 0.6)  # there the MLP branches change less, and go first
     small, report = sparsified(make, macs=macs, kinds=("heads", "layers"), epochs=8)
-    kept = report["kept"]
+    kept = report.kept
     gone = [at for at in range(DEPTH) if not any(name.startswith(f"blocks.{at}.attention.") for name in small)]
     assert 0 < len(gone) < DEPTH
-    assert [kept[f"blocks.{at}.attention.qkv.weight:0.0"]["kept"] for at in gone] == [[]] * len(gone)
+    assert [kept[f"blocks.{at}.attention.qkv.weight:0.0"].kept for at in gone] == [()] * len(gone)
 
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
@@ -103,4 +104,4 @@ def test_dead_attention_goes_whole(
         name = f"blocks.{layer}.attention.qkv.weight:0.0"
         row = picture[next(i for i, label in enumerate(labels) if label.startswith(f"{name}  heads "))]
         dark = [at for at in range(HEADS) if (row.reshape(HEADS, -1)[at] == 1).all()]
-        assert dark == kept[name]["kept"] and row.mean() == len(dark) / HEADS
+        assert dark == list(kept[name].kept) and row.mean() == len(dark) / HEADS

@@ -11,7 +11,7 @@ from torch import nn
 from dyncompress.compress.exits.which_exits import search_exits
 from dyncompress.compress.thresholds import call_costs
 from dyncompress.compress.thresholds import choose_policy as choose
-from dyncompress.compress.thresholds.call_costs import Costs, time_costs
+from dyncompress.compress.thresholds.call_costs import CallTimes, time_costs
 from dyncompress.compress.thresholds.candidates import collect_cached
 from dyncompress.compress.thresholds.choose_policy import choose_policy
 from dyncompress.compress.thresholds.goal import Goal
@@ -66,8 +66,8 @@ def test_an_exit_that_is_slow_to_ask_is_off(monkeypatch: pytest.MonkeyPatch) -> 
     made, data = easy()
     cached = collect_cached(made, data)
     by_macs = choose_policy(made, data, max_loss=0.3)
-    assert by_macs["latency"] is None and by_macs["policy"]["thresholds"][0] is not None
-    slow = Costs((1.0, 1.0, 1.0, 1.0), (50.0, 0.1, 0.1), 4.0)
+    assert by_macs.latency is None and by_macs.policy.thresholds[0] is not None
+    slow = CallTimes((1.0, 1.0, 1.0, 1.0), (50.0, 0.1, 0.1), 4.0)
     monkeypatch.setattr(choose, "time_costs", lambda *_, **__: slow)
     found = choose_policy(made, data, max_loss=0.3, cost="latency")
     assert made.policy.thresholds[0] is None and any(t is not None for t in made.policy.thresholds[1:])
@@ -80,21 +80,23 @@ def test_an_exit_that_is_slow_to_ask_is_off(monkeypatch: pytest.MonkeyPatch) -> 
             spent += slow.heads[k] * made.policy.is_on(k)
             if made.policy.is_on(k) and bool(made.policy.decide(k, z[None])[0]):
                 break
-    assert found["latency"]["mean_ms"] == pytest.approx(spent / len(cached.labels))
-    assert found["latency"]["static_ms"] == 4 and found["latency"]["batch"] == 1
+    assert found.latency is not None and found.latency.mean_ms == pytest.approx(spent / len(cached.labels))
+    assert found.latency.static_ms == 4 and found.latency.batch == 1
     budget = choose_policy(made, data, latency=0.7)
-    assert budget["latency"]["mean_ms"] <= 0.7 * 4 + 1e-9 and made.policy.thresholds[0] is None
+    assert budget.latency is not None and budget.latency.mean_ms <= 0.7 * 4 + 1e-9
+    assert made.policy.thresholds[0] is None
     with pytest.raises(RequestError, match=r"within 0\.2 of the static model's milliseconds, the least is 0\.53"):
         choose_policy(made, data, latency=0.2)
 
 
 def test_a_search_drops_exits_that_are_slow_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     made, data = easy()
-    slow = Costs((1.0, 1.0, 1.0, 1.0), (50.0, 0.01, 50.0), 4.0)
+    slow = CallTimes((1.0, 1.0, 1.0, 1.0), (50.0, 0.01, 50.0), 4.0)
     monkeypatch.setattr("dyncompress.compress.exits.which_exits.time_costs", lambda *_, **__: slow)
     kept, report = search_exits(made, data, Goal(max_loss=0.6, cost="latency"))
-    assert report["kept"] == kept.exits == made.exits[1:2]
-    assert 0.5 <= report["mean_latency_share"] < 1
+    assert list(report.kept) == kept.exits == made.exits[1:2]
+    assert report.mean_latency_share is not None and 0.5 <= report.mean_latency_share < 1
+    assert report.mean_macs_share is None
 
 
 def test_measured_costs_are_those_of_a_call() -> None:

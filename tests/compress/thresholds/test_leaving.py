@@ -35,7 +35,7 @@ def cached(samples: int = 200, early: int = 3, seed: int = 0) -> Cached:
 
 
 def template(rule: str, data: Cached) -> ExitPolicy:
-    exits = len(data.head_macs)
+    exits = len(data.head_costs)
     if rule == "learned":
         return fit_scorer(data.logits, data.labels, (1.0,) * exits)
     return ExitPolicy(rule, (RULES[rule].bounds[0],) * exits)
@@ -95,25 +95,25 @@ def test_one_threshold_for_all_exits(rule: str) -> None:
     policies = by_one_threshold(template(rule, data), data)
     assert all(len(set(policy.thresholds)) == 1 for policy in policies) and policies[-1].thresholds == (None,) * 3
     assert len(policies) == (181 if rule != "patience" else 3)  # every score of three exits; 1 or 2 that agree
-    found = Candidates(policies, data).for_macs(50)
+    found = Candidates(policies, data).for_cost(50)
     low, high = RULES[rule].bounds[0], min(RULES[rule].bounds[1], 3.5)
     fine = [data.play(replace(policies[0], thresholds=(t,) * 3)) for t in np.linspace(low, high, 700).tolist()]
-    assert found.accuracy >= max(p.accuracy for p in fine if p.mean_macs <= 50)
+    assert found.accuracy >= max(p.accuracy for p in fine if p.mean_cost <= 50)
 
 
 def test_candidates_are_played_like_a_plain_loop() -> None:
     data = cached()
     search = Candidates(by_quota(template("max-softmax", data), data), data)
-    raw = (list(data.logits), data.labels, list(data.stage_macs), list(data.head_macs))
+    raw = (list(data.logits), data.labels, list(data.stage_costs), list(data.head_costs))
     played = {t: simulate(raw, t, "max-softmax") for t in search.thresholds}
     assert len(played) > 30 and (None,) * 3 in played
-    point = search.for_macs(50)
-    assert (-point.accuracy, point.mean_macs) == pytest.approx(min((-a, m) for a, m in played.values() if m <= 50))
-    assert (point.accuracy, point.mean_macs) == pytest.approx(played[point.thresholds])
+    point = search.for_cost(50)
+    assert (-point.accuracy, point.mean_cost) == pytest.approx(min((-a, m) for a, m in played.values() if m <= 50))
+    assert (point.accuracy, point.mean_cost) == pytest.approx(played[point.thresholds])
     floor = max(a for a, _ in played.values()) - 0.05
-    assert search.for_accuracy(floor).mean_macs == pytest.approx(min(m for a, m in played.values() if a >= floor))
+    assert search.for_accuracy(floor).mean_cost == pytest.approx(min(m for a, m in played.values() if a >= floor))
     assert search.best_accuracy == pytest.approx(max(a for a, _ in played.values()))
-    curve = [(p.mean_macs, p.accuracy) for p in search.curve(100)]
+    curve = [(p.mean_cost, p.accuracy) for p in search.curve(100)]
     front = [
         (m, a)
         for a, m in played.values()
@@ -122,21 +122,21 @@ def test_candidates_are_played_like_a_plain_loop() -> None:
     assert curve == [pytest.approx(p) for p in sorted(set(front))]
     half = search.subset(np.arange(100))
     part = ([z[:100] for z in data.logits], data.labels[:100], raw[2], raw[3])
-    assert half.for_accuracy(0).mean_macs == pytest.approx(min(simulate(part, t, "max-softmax")[1] for t in played))
+    assert half.for_accuracy(0).mean_cost == pytest.approx(min(simulate(part, t, "max-softmax")[1] for t in played))
     with pytest.raises(RequestError, match="the best is"):
         search.for_accuracy(1.01)
     with pytest.raises(RequestError, match="the least is"):
-        search.for_macs(1)
+        search.for_cost(1)
 
 
 def test_the_genetic_search_comes_near_the_best_of_all_choices() -> None:
     data = cached(60, 2)
-    raw = (list(data.logits), data.labels, list(data.stage_macs), list(data.head_macs))
+    raw = (list(data.logits), data.labels, list(data.stage_costs), list(data.head_costs))
     everything = [simulate(raw, t, "max-softmax") for t in every_choice(raw[0], "max-softmax", 12)]
     search = Candidates(by_genetic_search(template("max-softmax", data), data), data)
     for macs in (30, 45, 60):
         best = max(a for a, m in everything if m <= macs)
-        assert search.for_macs(macs).accuracy >= best - 0.02
+        assert search.for_cost(macs).accuracy >= best - 0.02
 
 
 def test_the_genetic_search_finds_every_patience() -> None:
@@ -145,12 +145,12 @@ def test_the_genetic_search_finds_every_patience() -> None:
     choices: list[tuple[Any, ...]] = list(itertools.product([None, 1, 2, 3], repeat=3))
     played = [data.play(ExitPolicy("patience", t)) for t in choices]
     for macs in (40, 60, 80):
-        best = max((p.accuracy for p in played if p.mean_macs <= macs), default=None)
+        best = max((p.accuracy for p in played if p.mean_cost <= macs), default=None)
         if best is None:
             with pytest.raises(RequestError):
-                search.for_macs(macs)
+                search.for_cost(macs)
         else:
-            assert search.for_macs(macs).accuracy == pytest.approx(best)
+            assert search.for_cost(macs).accuracy == pytest.approx(best)
 
 
 def test_the_learned_score_knows_who_may_leave() -> None:
@@ -217,13 +217,11 @@ def test_every_rule_can_be_chosen(rule: str, kind: Any, tmp_path: Path, monkeypa
     report = choose_policy(made, data, rule=rule, threshold_search=kind, max_loss=0.3)
     found, labels = made.predict(data.tensors[0]), data.tensors[1]
     accuracy = (found.logits.argmax(-1) == labels).double().mean().item()
-    assert made.policy.rule == rule and report["policy"] == made.policy.to_dict()
-    assert report["dynamic"] == {
-        "accuracy": pytest.approx(accuracy),
-        "mean_macs": pytest.approx(found.macs.double().mean().item()),
-    }
-    assert accuracy >= report["static"]["accuracy"] - 0.3 - 1e-9
-    assert report["dynamic"]["mean_macs"] < 0.98 * made.static_macs
+    assert made.policy.rule == rule and report.policy == made.policy
+    assert report.dynamic.accuracy == pytest.approx(accuracy)
+    assert report.dynamic.mean_macs == pytest.approx(found.macs.double().mean().item())
+    assert accuracy >= report.static.accuracy - 0.3 - 1e-9
+    assert report.dynamic.mean_macs < 0.98 * made.static_macs
     save(made, tmp_path / "model.safetensors")
     loaded = load(tmp_path / "model.safetensors")
     assert isinstance(loaded, DynamicModel) and loaded.policy == made.policy and loaded.table == made.table
@@ -233,9 +231,9 @@ def test_every_rule_can_be_chosen(rule: str, kind: Any, tmp_path: Path, monkeypa
 def test_a_promised_risk(risk_of: Any) -> None:
     made, data = easy()
     report = choose_policy(made, data, risk=0.1, confidence=0.8, risk_of=risk_of)
-    promise = report["risk"]
-    assert promise["loss"] == risk_of and promise["samples"] == 300 and promise["step"] > 0
-    assert promise["observed"] < 0.1 and promise["p_value"] <= 0.2
+    promise = report.risk
+    assert promise is not None and promise.loss == risk_of and promise.samples == 300 and promise.step > 0
+    assert promise.observed < 0.1 and promise.p_value <= 0.2
     final, found = made.all_logits(data.tensors[0])[-1].argmax(-1), made.predict(data.tensors[0]).logits.argmax(-1)
     assert 0 < (final != found).double().mean() < 0.13
     with pytest.raises(RequestError, match=r"300 samples cannot promise a risk of 0\.001 with confidence 0\.8"):

@@ -41,7 +41,7 @@ def path(agreement: bool) -> list[ExitPolicy]:
 def population(agreement: bool) -> np.ndarray:
     """The losses of every policy of the path on 50,000 samples that stand for all there are: (P, 50,000)."""
     logits, labels = draw(50_000, 2)
-    return np.stack([losses(policy, logits, None if agreement else labels) for policy in path(agreement)])
+    return np.stack([losses(one, logits, None if agreement else labels) for one in path(agreement)])
 
 
 # --- p-values ----------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_losses_by_hand() -> None:
 def test_the_path_begins_with_nobody_and_grows_eager(agreement: bool) -> None:
     logits, labels = draw(5000, 4)
     cached = Cached(logits, labels, [20, 20, 60], [0, 0])
-    macs = [cached.play(policy).mean_macs for policy in path(agreement)]
+    macs = [cached.play(policy).mean_cost for policy in path(agreement)]
     assert path(agreement)[0].thresholds == (None, None) and macs[0] == 100
     assert macs[-1] < 40 and all(b <= a + 2 for a, b in pairwise(macs))
 
@@ -148,9 +148,9 @@ def test_violations_of_simulated_calibrations(agreement: bool) -> None:
 @pytest.mark.parametrize("agreement", [True, False])
 def test_control_risk_is_that_walk(agreement: bool) -> None:
     logits, labels = draw(2000, 5)
-    found = control_risk(logits, None if agreement else labels, path(agreement), risk=RISK, delta=DELTA)
-    loss = np.stack([losses(policy, logits, None if agreement else labels) for policy in path(agreement)])
-    assert found.policy == path(agreement)[found.step] and found.observed == pytest.approx(loss[found.step].mean())
+    policy, found = control_risk(logits, None if agreement else labels, path(agreement), risk=RISK, delta=DELTA)
+    loss = np.stack([losses(one, logits, None if agreement else labels) for one in path(agreement)])
+    assert policy == path(agreement)[found.step] and found.observed == pytest.approx(loss[found.step].mean())
     assert found.p_value <= DELTA and found.observed < RISK
     assert (found.samples, found.confidence, found.steps) == (2000, 0.9, len(loss))
     if agreement:  # the order of the samples does not matter

@@ -90,7 +90,7 @@ def vectorised(data: Data, at_most: int) -> list[tuple[float, float]]:
 def check_self_consistent(point: OperatingPoint, data: Data, rule: str) -> None:
     accuracy, mean_macs = simulate(data, point.thresholds, rule)
     assert point.accuracy == pytest.approx(accuracy)
-    assert point.mean_macs == pytest.approx(mean_macs)
+    assert point.mean_cost == pytest.approx(mean_macs)
     assert sum(point.shares) == pytest.approx(1)
     assert all((t is None) == (share == 0) for t, share in zip(point.thresholds, point.shares, strict=False))
 
@@ -105,12 +105,12 @@ def test_exact_on_small_sets(samples: int, early: int, rule: str, seed: int) -> 
     for loss in (0.0, 0.1, 0.3):
         point = search.for_accuracy(static - loss)
         best = min((m, -a) for a, m in found if a >= static - loss - 1e-9)
-        assert (point.mean_macs, -point.accuracy) == pytest.approx(best)
+        assert (point.mean_cost, -point.accuracy) == pytest.approx(best)
         check_self_consistent(point, data, rule)
     for share in (0.2, 0.5, 0.8):
-        point = search.for_macs(share * sum(STAGES))
+        point = search.for_cost(share * sum(STAGES))
         best = min((-a, m) for a, m in found if m <= share * sum(STAGES) + 1e-9)
-        assert (-point.accuracy, point.mean_macs) == pytest.approx(best)
+        assert (-point.accuracy, point.mean_cost) == pytest.approx(best)
         check_self_consistent(point, data, rule)
 
 
@@ -122,11 +122,11 @@ def test_no_worse_than_a_coarse_grid_on_large_sets(seed: int) -> None:
     for loss in (0.0, 0.01, 0.05):
         point = search.for_accuracy(static - loss)
         assert point.accuracy >= static - loss - 1e-9
-        assert point.mean_macs <= min(m for a, m in found if a >= static - loss)
+        assert point.mean_cost <= min(m for a, m in found if a >= static - loss)
         check_self_consistent(point, data, "max-softmax")
     for share in (0.3, 0.6):
-        point = search.for_macs(share * sum(STAGES))
-        assert point.mean_macs <= share * sum(STAGES) + 1e-9
+        point = search.for_cost(share * sum(STAGES))
+        assert point.mean_cost <= share * sum(STAGES) + 1e-9
         assert point.accuracy >= max(a for a, m in found if m <= share * sum(STAGES))
 
 
@@ -134,13 +134,13 @@ def test_curve_is_the_front_of_all_choices() -> None:
     data = draw(9, 3, 1)
     found = brute_force(data, "max-softmax")
     curve = ThresholdSearch(*data).curve(points=7)
-    costs = [p.mean_macs for p in curve]
+    costs = [p.mean_cost for p in curve]
     assert costs == sorted(costs) and len(set(costs)) == len(costs)
     for point in curve:
         check_self_consistent(point, data, "max-softmax")
-        assert point.accuracy == pytest.approx(max(a for a, m in found if m <= point.mean_macs + 1e-9))
+        assert point.accuracy == pytest.approx(max(a for a, m in found if m <= point.mean_cost + 1e-9))
     assert curve[-1].accuracy == pytest.approx(max(a for a, _ in found))
-    assert curve[0].mean_macs == pytest.approx(min(m for _, m in found))
+    assert curve[0].mean_cost == pytest.approx(min(m for _, m in found))
 
 
 def test_an_exit_that_only_guesses_is_off() -> None:
@@ -154,7 +154,7 @@ def test_an_exit_whose_head_costs_more_than_it_saves_is_off() -> None:
     data = draw(400, 1)
     assert ThresholdSearch(*data).for_accuracy(0.7).thresholds[0] is not None
     point = ThresholdSearch(*data[:3], [60]).for_accuracy(0.7)
-    assert point.thresholds == (None,) and point.mean_macs == data[2][0] + data[2][1]
+    assert point.thresholds == (None,) and point.mean_cost == data[2][0] + data[2][1]
 
 
 def test_equal_scores_leave_together() -> None:
@@ -163,7 +163,7 @@ def test_equal_scores_leave_together() -> None:
     final = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
     point = ThresholdSearch([early, final], labels, [1, 9], [0]).for_accuracy(0.75)
     # the surest one is wrong, and the next three cannot be told apart: leaving alone costs 0.25, with them 0.5
-    assert point.accuracy == 0.75 and point.mean_macs == pytest.approx((1 + 3 * 10) / 4)
+    assert point.accuracy == 0.75 and point.mean_cost == pytest.approx((1 + 3 * 10) / 4)
 
 
 def test_many_exits() -> None:
@@ -172,7 +172,7 @@ def test_many_exits() -> None:
     logits = [torch.eye(CLASSES)[labels] * k + torch.randn(300, CLASSES, generator=generator) for k in range(1, 14)]
     data = (logits, labels, [1] * 13, [0] * 12)
     point = ThresholdSearch(*data).for_accuracy(0.95)
-    assert point.accuracy >= 0.95 and point.mean_macs < 13
+    assert point.accuracy >= 0.95 and point.mean_cost < 13
     check_self_consistent(point, data, "max-softmax")
 
 
@@ -182,14 +182,14 @@ def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(RequestError, match="the best is"):
         search.for_accuracy(1.01)
     with pytest.raises(RequestError, match="the least is 11"):
-        search.for_macs(9)
+        search.for_cost(9)
     with pytest.raises(RequestError, match="rule"):
         ThresholdSearch(logits, labels, stages, heads, rule="guess")
     with pytest.raises(RequestError, match="label"):
         ThresholdSearch(logits, labels[:10], stages, heads)
     with pytest.raises(RequestError, match="without a label"):
         ThresholdSearch(logits, torch.full_like(labels, -1), stages, heads)
-    with pytest.raises(RequestError, match="MACs"):
+    with pytest.raises(RequestError, match="got the costs of 2 stages and 2 heads"):
         ThresholdSearch(logits, labels, stages[:2], heads)
     with pytest.raises(RequestError, match="1 to 16"):
         ThresholdSearch(logits[:1], labels, stages[:1], [])

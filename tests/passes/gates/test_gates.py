@@ -122,7 +122,7 @@ def test_thresholds_count_what_gates_skip() -> None:
     for thresholds in ((None, None), (None, 0.0), (0.0, None)):
         policy = dc.ExitPolicy("max-softmax", thresholds)
         answer = dyn.with_policy(policy).predict(x)
-        assert cached.play(policy).mean_macs == pytest.approx(answer.macs.double().mean().item())
+        assert cached.play(policy).mean_cost == pytest.approx(answer.macs.double().mean().item())
         assert answer.macs.double().mean() < dyn._pieces().exit_macs(tuple(t is not None for t in thresholds))[-1]
 
 

@@ -165,12 +165,12 @@ def test_the_chosen_policy_does_what_is_reported() -> None:
     data = TensorDataset(x, late, labels)
     pairs = [((a, b), int(y)) for a, b, y in data]
     report = choose_policy(model, pairs, macs=0.9, threshold_search="quota", fallback="ensemble")  # type: ignore[arg-type]
-    assert model.policy.fallback == "ensemble" == report["policy"]["fallback"]
-    assert model.policy.final_temperature == pytest.approx(report["exits"][-1]["temperature"])
+    assert model.policy.fallback == "ensemble" == report.policy.fallback
+    assert model.policy.final_temperature == pytest.approx(report.exits[-1].temperature)
     out = model.predict(x, late)
-    assert report["dynamic"]["accuracy"] == pytest.approx(float((out.logits.argmax(-1) == labels).double().mean()))
+    assert report.dynamic.accuracy == pytest.approx(float((out.logits.argmax(-1) == labels).double().mean()))
     assert all(row.policy.fallback == "ensemble" for row in model.table)
-    assert collect_cached(model, pairs).play(model.policy).accuracy == report["dynamic"]["accuracy"]  # type: ignore[arg-type]
+    assert collect_cached(model, pairs).play(model.policy).accuracy == report.dynamic.accuracy  # type: ignore[arg-type]
 
 
 def test_refused() -> None:
