@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compress.evaluation.evaluate import evaluate
     from .compress.exits.convert import convert
+    from .compress.exits.convert_report import ConvertReport, PerPositionReport
     from .compress.gates.gate import gate
+    from .compress.gates.gate_report import GateReport
     from .compress.pruning.compare import Comparison, compare
     from .compress.pruning.prune import prune
     from .compress.pruning.prune_checkpoint import prune_checkpoint
+    from .compress.pruning.reports import PruneReport, PruneWeightsReport
     from .compress.pruning.unstructured import as_sparse, prune_weights
     from .compress.sparsity.retrain import retrain
     from .compress.sparsity.sparsify import sparsify
+    from .compress.sparsity.sparsify_report import SparsifyReport
     from .compress.training.recalibrate import recalibrate_batchnorm
     from .errors import DynCompressError, RequestError
     from .model_zoo.load_data import load_data
@@ -45,13 +49,17 @@ _HOMES = {
     "passes.shrink.shrink": ("mask", "shrink"),
     "compress.pruning.compare": ("Comparison", "compare"),
     "compress.exits.convert": ("convert",),
+    "compress.exits.convert_report": ("ConvertReport", "PerPositionReport"),
     "compress.evaluation.evaluate": ("evaluate",),
     "compress.gates.gate": ("gate",),
+    "compress.gates.gate_report": ("GateReport",),
     "compress.pruning.prune": ("prune",),
     "compress.pruning.prune_checkpoint": ("prune_checkpoint",),
+    "compress.pruning.reports": ("PruneReport", "PruneWeightsReport"),
     "compress.training.recalibrate": ("recalibrate_batchnorm",),
     "compress.sparsity.retrain": ("retrain",),
     "compress.sparsity.sparsify": ("sparsify",),
+    "compress.sparsity.sparsify_report": ("SparsifyReport",),
     "compress.pruning.unstructured": ("as_sparse", "prune_weights"),
     "runtime.files.checkpoint": ("load", "read_info", "save"),
     "runtime.predict.dynamic": ("DynamicModel", "Prediction"),
@@ -68,16 +76,22 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Axis",
     "Comparison",
+    "ConvertReport",
     "DynCompressError",
     "DynamicModel",
     "ExitPolicy",
     "FoldBatchNorm",
+    "GateReport",
     "InsertExits",
     "InsertGates",
     "LowRank",
+    "PerPositionReport",
     "Plan",
     "Prediction",
+    "PruneReport",
+    "PruneWeightsReport",
     "RequestError",
+    "SparsifyReport",
     "Verification",
     "as_sparse",
     "capture",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
@@ -25,7 +25,27 @@ from .read_exits import exit_nodes, graph_exits
 
 
 @dataclass(frozen=True)
-class InsertExits(GraphPass):
+class InsertedExit:
+    """The node that an exit follows and the path of its module, the share of the model's MACs spent before it, and the
+    MACs of its head."""
+
+    at: str
+    path: str
+    share: float
+    head_macs: int
+
+
+@dataclass(frozen=True)
+class InsertedExits:
+    """The exits, early first, the MACs of the model without them, and the recurrent modules that were unstacked."""
+
+    exits: tuple[InsertedExit, ...]
+    macs: int
+    unstacked: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class InsertExits(GraphPass[InsertedExits]):
     """Adds early exits: a head after each of some cut points.
 
     1. `exits` a number: at equal shares of the MACs, k/(exits + 1), each at the nearest place left;
@@ -56,7 +76,7 @@ class InsertExits(GraphPass):
         if self.head not in HEAD_KINDS:
             raise RequestError(f"head={self.head!r}: use one of {', '.join(HEAD_KINDS)}")
 
-    def rewrite(self, gm: fx.GraphModule) -> PassResult:
+    def rewrite(self, gm: fx.GraphModule) -> PassResult[InsertedExits]:
         if exits_of(gm) or hasattr(gm, "exits"):
             raise RequestError("the model already has a module named 'exits'; insert all exits in one pass")
         unstacked: list[str] = []
@@ -68,7 +88,7 @@ class InsertExits(GraphPass):
             logits = find_logits(gm)
             unstacked = unstack_recurrent(gm)
             self._add(gm, logits)
-        return PassResult(gm, True, {**_report(gm), "unstacked": unstacked})
+        return PassResult(gm, True, _report(gm, unstacked))
 
     def _add(self, gm: fx.GraphModule, logits: fx.Node) -> None:
         types, total = type_graph(gm), count_macs(gm)
@@ -83,21 +103,17 @@ class InsertExits(GraphPass):
         _insert(gm, Flow(gm, types), logits, places, chosen, self.head)
 
 
-def _report(gm: fx.GraphModule) -> dict[str, Any]:
-    """MACs of the model without exits, and for every exit the share of them spent before it and those of its head."""
+def _report(gm: fx.GraphModule, unstacked: list[str]) -> InsertedExits:
     extra, costs = exit_nodes(gm), node_macs(gm)
     spent = dict(zip(costs, accumulate(0 if n in extra else macs for n, macs in costs.items()), strict=True))
     total = max(spent.values())
-    exits = [
-        {
-            "at": exit.at.name,
-            "path": exit.at.meta.get("path", ""),
-            "share": spent[exit.at] / total,
-            "head_macs": sum(costs[n] for n in exit.nodes),
-        }
+    exits = tuple(
+        InsertedExit(
+            exit.at.name, exit.at.meta.get("path", ""), spent[exit.at] / total, sum(costs[n] for n in exit.nodes)
+        )
         for exit in graph_exits(gm)
-    ]
-    return {"exits": exits, "macs": total}
+    )
+    return InsertedExits(exits, total, tuple(unstacked))
 
 
 def _insert(

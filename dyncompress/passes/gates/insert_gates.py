@@ -35,7 +35,16 @@ _CHEAP = 0.01  # of the model's MACs, for all gates together
 
 
 @dataclass(frozen=True)
-class InsertGates(GraphPass):
+class InsertedGates:
+    """The branches that have a gate, why the others have none, and the MACs of all gates as a share of the model's."""
+
+    gates: tuple[str, ...]
+    left: dict[str, str]
+    share: float
+
+
+@dataclass(frozen=True)
+class InsertGates(GraphPass[InsertedGates]):
     """Adds a skip gate to residual branches: all that can be skipped, or the named ones.
 
     `gate` is one of `GATES` (`gate_modules`). The gates become the modules ``gates.0``, ``gates.1``, ... (a policy:
@@ -56,7 +65,7 @@ class InsertGates(GraphPass):
         if self.gate not in GATES:
             raise RequestError(f"gate={self.gate!r}: use one of {', '.join(GATES)}")
 
-    def rewrite(self, gm: fx.GraphModule) -> PassResult:
+    def rewrite(self, gm: fx.GraphModule) -> PassResult[InsertedGates]:
         if gates_of(gm) or hasattr(gm, "gates"):
             raise RequestError("the model already has a module named 'gates'; insert all gates in one pass")
         if not exits_of(gm):
@@ -71,7 +80,7 @@ class InsertGates(GraphPass):
         spent = sum(node_macs(gm).values()) - before
         if spent > _CHEAP * before:
             warnings.warn(f"the {self.gate} gates cost {spent / before:.1%} of the model's MACs", stacklevel=3)
-        return PassResult(gm, True, {"gates": [b.branch.name for b in chosen], "left": left, "share": spent / before})
+        return PassResult(gm, True, InsertedGates(tuple(b.branch.name for b in chosen), left, spent / before))
 
     def _chosen(self, gm: fx.GraphModule, types: Typing) -> "tuple[list[_Place], dict[str, str]]":
         places, left = gate_places(gm, types)

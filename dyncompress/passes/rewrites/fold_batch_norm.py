@@ -18,7 +18,14 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 
 @dataclass(frozen=True)
-class FoldBatchNorm(GraphPass):
+class FoldedNorms:
+    """The paths of the batch norms that are gone."""
+
+    folded: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(GraphPass[FoldedNorms]):
     """Removes each batch norm that is the only reader of a convolution or linear layer: fewer calls, the same function.
 
     The result is for inference: it has no batch statistics left to train with. Layers that are called more than once,
@@ -33,7 +40,7 @@ class FoldBatchNorm(GraphPass):
     name: ClassVar[str] = "fold-batch-norm"
     within: str = ""
 
-    def rewrite(self, gm: fx.GraphModule) -> PassResult:
+    def rewrite(self, gm: fx.GraphModule) -> PassResult[FoldedNorms]:
         if gm.training:
             raise RequestError("fold-batch-norm is for inference: call eval() on the model first")
         calls: dict[int, list[str]] = {}
@@ -42,9 +49,9 @@ class FoldBatchNorm(GraphPass):
                 calls.setdefault(id(parameter), []).append(node.name)
         below = f"{self.within}." if self.within else ""
         norms = [n for n in gm.graph.find_nodes(op="call_module") if str(n.target).startswith(below)]
-        folded = [str(norm.target) for norm in norms if _try_fold(gm, norm, calls)]
+        folded = tuple(str(norm.target) for norm in norms if _try_fold(gm, norm, calls))
         gm.recompile()
-        return PassResult(gm, bool(folded), {"folded": folded})
+        return PassResult(gm, bool(folded), FoldedNorms(folded))
 
 
 def _try_fold(gm: fx.GraphModule, norm: fx.Node, calls: dict[int, list[str]]) -> bool:

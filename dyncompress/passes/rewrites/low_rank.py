@@ -24,7 +24,24 @@ _HALVINGS = 60  # of the energy, until doubles run out
 
 
 @dataclass(frozen=True)
-class LowRank(GraphPass):
+class LowRankLayer:
+    """A layer that became a pair: its rank, the largest it could have, and the share of its energy that is kept."""
+
+    rank: int
+    of: int
+    energy: float
+
+
+@dataclass(frozen=True)
+class LowRankReport:
+    """The layers that became pairs, by path, and the share of the model's MACs that is left."""
+
+    layers: dict[str, LowRankLayer]
+    left: float
+
+
+@dataclass(frozen=True)
+class LowRank(GraphPass[LowRankReport]):
     """Replaces linear layers and ungrouped convolutions by two thinner ones, `fc` by `fc.0` and `fc.1`, the bias last.
 
     A layer is replaced where that saves multiplications; one whose tensors are shared, or called more than once, stays
@@ -56,13 +73,13 @@ class LowRank(GraphPass):
             raise RequestError(f"low-rank: {key} is {value}: " + ("from 1" if key == "rank" else "above 0, at most 1"))
 
     @torch.no_grad()
-    def rewrite(self, gm: fx.GraphModule) -> PassResult:
+    def rewrite(self, gm: fx.GraphModule) -> PassResult[LowRankReport]:
         macs = node_macs(gm)
         layers = [_Layer(gm, node, macs[node]) for node in _replaceable(gm)]
         pairs = {layer.path: layer.put_pair(gm, rank) for layer, rank in self._ranks(gm, layers) if layer.saves(rank)}
         gm.recompile()
         left = sum(node_macs(gm).values()) / max(sum(macs.values()), 1)
-        return PassResult(gm, bool(pairs), {"layers": pairs, "left": left})
+        return PassResult(gm, bool(pairs), LowRankReport(pairs, left))
 
     def _ranks(self, gm: fx.GraphModule, layers: "list[_Layer]") -> "list[tuple[_Layer, int]]":
         if self.rank is not None:
@@ -104,7 +121,7 @@ class _Layer:
         """What is left of its multiplications and weights."""
         return rank * (len(self.u) + self.vt.shape[1]) / self.size if self.saves(rank) else 1.0
 
-    def put_pair(self, gm: fx.GraphModule, rank: int) -> dict[str, Any]:
+    def put_pair(self, gm: fx.GraphModule, rank: int) -> LowRankLayer:
         """Puts the pair in the layer's place; what the report says of it."""
         first, last = _pair(self.module, rank)
         root = self.s[:rank].sqrt()
@@ -124,7 +141,7 @@ class _Layer:
         inner.meta["val"] = _thinner(self.node.meta["val"], rank, self.module)
         self.node.replace_all_uses_with(outer)
         gm.graph.erase_node(self.node)
-        return {"rank": rank, "of": len(self.s), "energy": float(self.energies[rank - 1])}
+        return LowRankLayer(rank, len(self.s), float(self.energies[rank - 1]))
 
 
 def _pair(layer: Any, rank: int) -> tuple[Any, Any]:

@@ -83,7 +83,7 @@ def test_exits_follow_whole_blocks_at_equal_shares(name: str, at: list[str]) -> 
     gm = graph_with_exits(name)
     assert exits_of(gm) == tuple(at)
     report = InsertExits(CASES[name].exits)(graph(name)).report
-    assert [e["at"] for e in report["exits"]] == at and report["macs"] == count_macs(graph(name))
+    assert [e.at for e in report.exits] == at and report.macs == count_macs(graph(name))
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_heads_fit_what_they_read(name: str, kind: type[nn.Module], arguments: l
 def test_a_map_is_read_before_it_is_flattened() -> None:
     gm = InsertExits(("max_pool2d_2",))(graph("vgg")).gm
     assert type(heads(gm)[0]) is ImageHead and heads(gm)[0].channels == 32
-    last = InsertExits(3)(capture(Vgg(hidden=512), torch.randn(1, 3, 16, 16))).report["exits"][-1]
-    assert last["at"] == "max_pool2d_2"
+    last = InsertExits(3)(capture(Vgg(hidden=512), torch.randn(1, 3, 16, 16))).report.exits[-1]
+    assert last.at == "max_pool2d_2"
 
 
 @pytest.mark.parametrize("dim", [1, 3])
@@ -205,7 +205,7 @@ def test_recurrent_stacks_become_their_layers(layer: str, read: str) -> None:
     assert [type(m) for m in gm.rnn.children()][:2] == [type(source.rnn)] * 2
     if read != "all":
         new = InsertExits(1)(capture(source, x))
-        assert new.report["unstacked"] == ["rnn"] and heads(new.gm)[0].token == "last"
+        assert new.report.unstacked == ("rnn",) and heads(new.gm)[0].token == "last"
         torch.testing.assert_close(new.gm(x)[-1], source(x))
 
 

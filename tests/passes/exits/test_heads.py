@@ -232,7 +232,7 @@ def test_a_language_model_gets_a_head_at_every_position() -> None:
     logits = dynamic.all_logits(ids[:, :6])  # another length
     assert [tuple(z.shape) for z in logits] == [(4, 6, 50)] * 3
     torch.testing.assert_close(logits[-1], language(ids[:, :6]))
-    assert new.report["exits"][0]["head_macs"] == 9 * 16 * 50
+    assert new.report.exits[0].head_macs == 9 * 16 * 50
     again = dynamic.all_logits(torch.cat([ids[:, :3], ids[:, :3]], 1))
     torch.testing.assert_close(again[0][:, :3], logits[0][:, :3])  # no position sees a later one
     with pytest.raises(dc.RequestError, match="at every position: use auto or copy"):

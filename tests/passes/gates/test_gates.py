@@ -24,8 +24,8 @@ READABLE = [(n, g) for n in WITH_BRANCHES for g in GATES if g not in ("ff1", "ff
 @pytest.mark.parametrize(("name", "branches"), WITH_BRANCHES.items())
 def test_every_residual_branch_gets_a_gate(name: str, branches: int) -> None:
     result = InsertGates()(graph(name))
-    assert len(result.report["gates"]) == branches and not result.report["left"]
-    assert DynamicModel(result.gm).gates == result.report["gates"]
+    assert len(result.report.gates) == branches and not result.report.left
+    assert DynamicModel(result.gm).gates == list(result.report.gates)
 
 
 @pytest.mark.parametrize(("name", "gate"), READABLE)

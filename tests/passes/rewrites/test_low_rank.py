@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import dyncompress as dc
 from dyncompress.passes.graph.cost import count_macs, count_parameters, node_macs
+from dyncompress.passes.rewrites.low_rank import LowRankLayer, LowRankReport
 
 
 class Net(nn.Module):
@@ -52,7 +53,7 @@ def product(gm: fx.GraphModule, path: str) -> np.ndarray:
 
 def test_every_pair_is_the_nearest_matrix_of_its_rank(gm: fx.GraphModule) -> None:
     result = dc.LowRank(rank=3)(gm)
-    assert list(result.report["layers"]) == PAIRS and result.modified
+    assert list(result.report.layers) == PAIRS and result.modified
     for path in PAIRS:
         weight = gm.get_submodule(path).weight.detach().flatten(1).numpy()
         s = np.linalg.svd(weight, compute_uv=False)
@@ -60,14 +61,14 @@ def test_every_pair_is_the_nearest_matrix_of_its_rank(gm: fx.GraphModule) -> Non
         assert np.linalg.matrix_rank(found) == 3
         np.testing.assert_allclose(((weight - found) ** 2).sum(), (s[3:] ** 2).sum())  # Eckart and Young
         kept = (s[:3] ** 2).sum() / (s**2).sum()
-        assert result.report["layers"][path] == {"rank": 3, "of": len(s), "energy": pytest.approx(kept)}
+        assert result.report.layers[path] == LowRankLayer(3, len(s), pytest.approx(kept))
 
 
 def test_energy_is_the_least_rank_that_keeps_it(gm: fx.GraphModule) -> None:
-    for path, pair in dc.LowRank(energy=0.5)(gm).report["layers"].items():
+    for path, pair in dc.LowRank(energy=0.5)(gm).report.layers.items():
         s = np.linalg.svd(gm.get_submodule(path).weight.detach().flatten(1).numpy(), compute_uv=False)
         shares = [sum(s[:r] ** 2) / sum(s**2) for r in range(1, len(s) + 1)]
-        assert pair["rank"] == next(r for r, share in enumerate(shares, 1) if share >= 0.5)
+        assert pair.rank == next(r for r, share in enumerate(shares, 1) if share >= 0.5)
 
 
 def test_weights_of_low_rank_give_the_same_function(gm: fx.GraphModule) -> None:
@@ -77,7 +78,7 @@ def test_weights_of_low_rank_give_the_same_function(gm: fx.GraphModule) -> None:
             rows, columns = torch.randn(len(weight), 4).double(), torch.randn(4, weight[0].numel()).double()
             weight.copy_((rows @ columns).view_as(weight))
     result = dc.LowRank(energy=1.0)(gm)
-    assert [pair["rank"] for pair in result.report["layers"].values()] == [4] * len(PAIRS)
+    assert [pair.rank for pair in result.report.layers.values()] == [4] * len(PAIRS)
     x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(result.gm(x), gm(x))
     assert count_macs(result.gm) < count_macs(gm) and "conv.weight" in gm.state_dict()
@@ -85,7 +86,7 @@ def test_weights_of_low_rank_give_the_same_function(gm: fx.GraphModule) -> None:
 
 def test_full_rank_saves_nothing_and_changes_nothing(gm: fx.GraphModule) -> None:
     result = dc.LowRank(energy=1.0)(gm)
-    assert not result.modified and result.report == {"layers": {}, "left": 1.0}
+    assert not result.modified and result.report == LowRankReport({}, 1.0)
     assert count_macs(result.gm) == count_macs(gm)
 
 
@@ -99,11 +100,11 @@ def test_a_share_is_met_at_one_energy(metric: str, share: float) -> None:
     result = dc.LowRank(**{metric: share})(gm)
     count = count_macs if metric == "macs" else count_parameters
     assert share * 0.98 <= count(result.gm) / count(gm) <= share
-    assert result.report["left"] == pytest.approx(count_macs(result.gm) / count_macs(gm))
-    energies = [pair["energy"] for pair in result.report["layers"].values()]
-    ranks = [pair["rank"] for pair in result.report["layers"].values()]
+    assert result.report.left == pytest.approx(count_macs(result.gm) / count_macs(gm))
+    energies = [pair.energy for pair in result.report.layers.values()]
+    ranks = [pair.rank for pair in result.report.layers.values()]
     one_less = []
-    for path, rank in zip(result.report["layers"], ranks, strict=True):
+    for path, rank in zip(result.report.layers, ranks, strict=True):
         s = torch.linalg.svdvals(gm.get_submodule(path).weight.detach().flatten(1)).double() ** 2
         one_less.append(float(s[: rank - 1].sum() / s.sum()))
     assert max(one_less) < min(energies)  # some energy lies between: the same for all
