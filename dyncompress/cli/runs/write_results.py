@@ -179,9 +179,10 @@ def _promise(risk: Promise) -> str:
 
 def _shares(done: PruneReport | None) -> list[str]:
     """One line per cut: what was asked for and what is left."""
+    if done is None:
+        return []
     lines = []
-    for number, step in enumerate(done.steps if done is not None else (), 1):
-        assert done is not None
+    for number, step in enumerate(done.steps, 1):
         text = f"cut {number}: {step.left:.3f} of the {done.metric} is left, {step.goal:.3f} was asked for"
         if step.measured is not None:
             text += f" (this cut: {step.measured:.3f} measured, {step.predicted:.3f} predicted)"
