@@ -1,6 +1,7 @@
 """The house: dependencies point one way, folders are rooms of a sensible size, files hold one idea."""
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -13,6 +14,7 @@ SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "dyncompress").rglob("*.py"))
 }
+TESTS = {path.relative_to(ROOT / "tests"): path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
 FLOORS = (("dyncompress.passes",), ("dyncompress.runtime",), ("dyncompress.compress",), ("dyncompress.cli",))
 ROOMS_OF_PASSES = ["modules", "graph", "capture", "dims", "axes", "edit", "rewrites", "gates", "exits", "shrink"]
 
@@ -111,5 +113,18 @@ def test_no_file_is_over_350_lines() -> None:
 
 def test_tests_mirror_the_package() -> None:
     """A folder of tests is a folder of the package, so that one finds the tests of a room."""
-    tests = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
-    assert not [name for name in sorted(tests) if not (ROOT / "dyncompress" / name).is_dir()]
+    folders = {path.parent for path in TESTS if path.name.startswith("test_")}
+    assert not [name for name in sorted(folders) if not (ROOT / "dyncompress" / name).is_dir()]
+
+
+def test_no_test_file_reads_another() -> None:
+    """Neither by an import nor as `module:function`; what two of them need is in a module beside this one."""
+    names = sorted((path.stem for path in TESTS if path.name.startswith("test_")), key=len, reverse=True)
+    other = re.compile(rf"(?:\b(?:from|import) |[\"' =])({'|'.join(names)})(?: import |:|\n)")
+    assert not [(str(path), found.group(1)) for path, text in TESTS.items() for found in other.finditer(text)]
+
+
+def test_no_test_file_is_over_350_lines_nor_a_folder_over_13_files() -> None:
+    lengths = {str(path): text.count("\n") for path, text in TESTS.items()}
+    assert not {path: length for path, length in lengths.items() if length > 350}
+    assert not {str(name): count for name, count in Counter(path.parent for path in TESTS).items() if count > 13}

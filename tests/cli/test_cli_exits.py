@@ -1,16 +1,15 @@
 """Exits on the command line: files whose thresholds can be set, fallbacks, and data with a label per position."""
 
-import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
-from exit_models import CASES, TwoInputs, call
-from test_exit_recipes import Tagger
-from test_policy import dynamic
+from cases import CASES, call
+from command_line import reported
+from dynamic_models import leaning
+from nets import TwoInputs
+from onnx_files import run as run_onnx
+from onnx_files import session
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -28,26 +27,15 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
-def reported(capfd: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    capfd.readouterr()
-    status = run([*words, "--json"])
-    out, err = capfd.readouterr()
-    assert status == 0, err
-    return json.loads(out)
-
-
 def test_an_exported_files_thresholds_can_be_set(capfd: pytest.CaptureFixture[str]) -> None:
-    model, batch = dynamic("two-inputs", ExitPolicy("max-softmax", (0.9, 0.7))), CASES["two-inputs"].batch(40)
+    model, batch = leaning("two-inputs", ExitPolicy("max-softmax", (0.9, 0.7))), CASES["two-inputs"].batch(40)
     dc.save(model, "model.dyn")
     report = reported(capfd, "export", "model.dyn", "model.onnx", "--tunable")
     assert report["check"]["inputs"] == ["x", "late", "threshold_0", "threshold_1"]
-    session = onnxruntime.InferenceSession(report["onnx"], providers=["CPUExecutionProvider"])
+    file = session(report["onnx"])
     seen = []
     for thresholds in (None, (0.0, 0.5), (1.0, 0.0), (0.95, 1.0)):
-        feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), batch, strict=True)}
-        for k, threshold in enumerate(thresholds or ()):
-            feed[f"threshold_{k}"] = np.array(threshold, np.float32)
-        got = dict(zip(("logits", "exit_index", "macs"), session.run(None, feed), strict=True))
+        got = run_onnx(file, batch, **{f"threshold_{k}": value for k, value in enumerate(thresholds or ())})
         exits = []
         for first, second in zip(*(z.softmax(-1).amax(-1) for z in call(model.all_logits, batch)[:-1]), strict=True):
             a, b = thresholds or (0.9, 0.7)
@@ -58,10 +46,6 @@ def test_an_exported_files_thresholds_can_be_set(capfd: pytest.CaptureFixture[st
 
 
 # --- a label per position ----------------------------------------------------------------------------------------
-
-
-def make_tagger() -> nn.Module:
-    return Tagger()
 
 
 def make_pair(label: int = 0) -> tuple[TensorDataset, TensorDataset]:
@@ -97,7 +81,7 @@ def test_exits_of_a_tagger_on_data_of_ones_own(capfd: pytest.CaptureFixture[str]
     data = f"{__name__}:make_pair"
     words = (
         "convert",
-        f"{__name__}:make_tagger",
+        "nets:Tagger",
         "--data",
         data,
         "--exits",

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import DATA, reported, told
+from data import make_stripes
 from PIL import Image
-from test_cli import make_data, make_net
 from torch import Tensor, nn
 from torch.nn import functional as F
+from trained import on_stripes
 
 import dyncompress as dc
-from dyncompress.cli.main import run
 from dyncompress.cli.report import gate_payoff as skipping
 from dyncompress.cli.report.gate_plots import plot_gates
 from dyncompress.cli.runs import benching
@@ -53,11 +54,7 @@ class Residual(nn.Module):
         return self.fc(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
 
 
-def make_residual() -> nn.Module:
-    return Residual()
-
-
-ARCH, DATA = f"{__name__}:make_residual", f"{make_data.__module__}:make_data"
+ARCH = f"{__name__}:Residual"
 NET = ("net.pt", "--arch", ARCH, "--data", DATA)
 STEM, BRANCH, FC = 64 * 9 * 8, 2 * 64 * 9 * 8 * 8, 8 * 3  # MACs
 BRANCHES = [f"blocks.{k}:branch" for k in range(3)]
@@ -67,20 +64,13 @@ BRANCHES = [f"blocks.{k}:branch" for k in range(3)]
 def trained() -> nn.Module:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    net, train = Residual(), make_data().train
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    for _ in range(40):
-        loss = F.cross_entropy(net(train.inputs), train.labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return net.eval()
+    return on_stripes(Residual(), steps=40)
 
 
 @pytest.fixture(scope="module")
 def gated(trained: nn.Module) -> dc.DynamicModel:
     """Trained gates, moved so that all of them open for some samples only."""
-    model = dc.gate(trained, data=make_data(), macs=0.6, settle=0, epochs=4, progress=False)
+    model = dc.gate(trained, data=make_stripes(), macs=0.6, settle=0, epochs=4, progress=False)
     with torch.no_grad():
         for gate in range(3):
             out = model.trunk.get_submodule(f"gates.{gate}.out")
@@ -98,17 +88,6 @@ def here(trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for module in (job, benching):  # what times are is of no interest
         monkeypatch.setattr(module, "measure", partial(measure, batches={1: 1, 256: 1}, repeats=1))
     return tmp_path
-
-
-def told(capfd: pytest.CaptureFixture[str], *words: str, status: int = 0) -> tuple[str, str]:
-    capfd.readouterr()
-    assert run(list(words)) == status, capfd.readouterr().err
-    out, err = capfd.readouterr()
-    return out, err
-
-
-def reported(capfd: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    return json.loads(told(capfd, *words, "--json")[0])
 
 
 def test_an_interrupted_gate_ends_as_the_function_does(
@@ -142,7 +121,7 @@ def test_an_interrupted_gate_ends_as_the_function_does(
     with Image.open(folder / "gates.png") as picture:
         assert picture.width > 400
 
-    data = make_data()
+    data = make_stripes()
     same = dc.gate(trained, data=data, kind="skipnet", macs=0.7, epochs=3, progress=False)
     model = dc.load(report["model"])
     assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in model.state_dict().items())
@@ -165,7 +144,7 @@ def test_wrong_requests_are_one_line(here: Path, gated: dc.DynamicModel, capfd: 
         ("gate", *NET, "--macs", "0.6", "--rate", "0.5"): "give either macs or rate",
         ("gate", *NET, "--macs", "0.6", "--kind", "skip"): "skip",
         ("gate", *NET, "--macs", "0.01"): "what cannot be skipped costs",
-        ("gate", f"{make_net.__module__}:make_net", "--data", DATA, "--macs", "0.6"): "no residual branch",
+        ("gate", "nets:ConvNet", "--data", DATA, "--macs", "0.6"): "no residual branch",
         ("gate", "gated.dyn", "--data", DATA, "--macs", "0.6"): "dynamic already",
         ("prune", "gated.dyn", "--data", DATA, "--ratio", "0.5"): "dynamic already",
     }
@@ -179,7 +158,7 @@ def test_wrong_requests_are_one_line(here: Path, gated: dc.DynamicModel, capfd: 
 @torch.no_grad()
 def test_every_gate_open_is_the_model_without_gates(gated: dc.DynamicModel) -> None:
     """Held to the gated graph whose gates' logits are all pushed up."""
-    whole, x = without_gates(gated.trunk), make_data().test.inputs
+    whole, x = without_gates(gated.trunk), make_stripes().test.inputs
     pushed = dc.DynamicModel(dc.capture(gated.trunk, x)).eval()
     before = [pushed.trunk.get_parameter(f"gates.{k}.out.bias") for k in range(3)]
     kept = [bias.clone() for bias in before]
@@ -206,7 +185,7 @@ def test_whether_skipping_pays() -> None:
 def test_bench_and_inspect(here: Path, gated: dc.DynamicModel, capfd: pytest.CaptureFixture[str]) -> None:
     dc.save(gated, "gated.dyn")
     (entry,) = reported(capfd, "bench", "gated.dyn", "--data", DATA)["models"]
-    out = gated.predict(make_data().test.inputs)
+    out = gated.predict(make_stripes().test.inputs)
     assert entry["mean_macs"] == pytest.approx(float(out.macs.double().mean()))
     assert entry["open"]["macs"] == STEM + 3 * BRANCH + FC
     assert set(entry["open"]["latency_ms"]) == {"1", "256"}
@@ -222,7 +201,7 @@ def test_exits_in_a_gated_model(here: Path, gated: dc.DynamicModel, capfd: pytes
     options = ("--data", DATA, "--exits", "2", "--epochs", "2", "--macs", "0.7")
     report = reported(capfd, "convert", "gated.dyn", *options)
     assert {"gated", "dynamic"} < set(report) and "static" not in report
-    model, x = dc.load(report["model"]), make_data().test.inputs
+    model, x = dc.load(report["model"]), make_stripes().test.inputs
     assert model.gates == BRANCHES and len(model.exits) == 2
     out, every = model.predict(x), model.all_logits(x)
     expected = torch.stack([every[k][i] for i, k in enumerate(out.exit_index.tolist())])
@@ -237,13 +216,13 @@ def test_exits_in_a_gated_model(here: Path, gated: dc.DynamicModel, capfd: pytes
 
 
 def test_models_with_exits_get_no_gates(trained: nn.Module, gated: dc.DynamicModel) -> None:
-    leaving = dc.convert(gated, exits=1, data=make_data(), epochs=1, progress=False)
+    leaving = dc.convert(gated, exits=1, data=make_stripes(), epochs=1, progress=False)
     assert leaving.gates == BRANCHES and len(leaving.exits) == 1
     for model in (leaving, leaving.trunk):
         with pytest.raises(dc.RequestError, match="gate the static one"):
-            dc.gate(model, data=make_data(), macs=0.6)
+            dc.gate(model, data=make_stripes(), macs=0.6)
     with pytest.raises(dc.RequestError, match="already has a module named 'gates'"):
-        dc.gate(gated, data=make_data(), macs=0.6)
+        dc.gate(gated, data=make_stripes(), macs=0.6)
 
 
 RECIPE = f"""

@@ -1,10 +1,10 @@
 """The reference architectures: each against its published form, and each halved axis by axis against the masked one."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from cases import halved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,13 +52,7 @@ def drawn(model: nn.Module) -> nn.Module:
 def test_halving_every_axis_equals_masking_it(name: str) -> None:
     torch.manual_seed(0)
     gm = dc.capture(drawn(build(name, **SMALL.get(name, {}))), example_input(name))
-    axes = dc.infer_axes(gm)
-    assert axes.untyped == {}
-    assert Counter(axis.kind for axis in axes.prunable) == KINDS[name]
-    keep = {a.name: list(range(1, a.size, 2)) for a in axes.prunable if a.kind != "branch"}
-    small = dc.shrink(gm, keep, exact=True)
-    found = dc.verify(gm, small, keep)
-    assert found.ok, str(found)
+    small = halved(gm, KINDS[name])
     assert sum(p.numel() for p in small.parameters()) < 0.6 * sum(p.numel() for p in gm.parameters())
 
 

@@ -6,15 +6,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ...compress.training.batches import call
-from ...runtime.predict.dynamic import graph_of
 from ...compress.evaluation.report_entries import measure
 from ...compress.evaluation.reports import to_json
-from ...errors import RequestError
-from ...runtime.predict.dynamic import DynamicModel
 from ...compress.recipes.recipe import Recipe
-from ..report import gate_payoff, tables
+from ...compress.training.batches import call
+from ...errors import RequestError
+from ...runtime.predict.dynamic import DynamicModel, graph_of
 from ..loading.loaded_subject import Subject, load_splits, prepare
+from ..report import gate_payoff, tables
 
 
 def bench_models(recipes: Sequence[Recipe], console: Console, *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -42,7 +41,9 @@ def bench_models(recipes: Sequence[Recipe], console: Console, *, allow_pickle: b
     entries = measure(models, graphs, example, data.test if data else None, subjects[0].device)
     device = str(subjects[0].device)
     console.print(tables.comparison(entries, f"on {recipes[0].data or 'random inputs'}, {device}"))
-    shown = {name: {"name": recipe.model, **to_json(entries[name])} for name, recipe in zip(names, recipes, strict=True)}
+    shown = {
+        name: {"name": recipe.model, **to_json(entries[name])} for name, recipe in zip(names, recipes, strict=True)
+    }
     for name, other in opened.items():
         note = gate_payoff.does_not_pay(entries[name], entries[other], device)
         shown[name] |= {"open": to_json(entries[other]), "note": note}

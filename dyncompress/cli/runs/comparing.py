@@ -12,18 +12,18 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from ...passes.graph.meta import info_of
 from ...compress.evaluation.reports import from_json, to_json
 from ...compress.pruning.compare import ComparedEntry, Comparison, compare
+from ...compress.recipes.recipe import Recipe
 from ...errors import RequestError
+from ...passes.graph.meta import info_of
 from ...runtime.files import checkpoint
 from ...runtime.predict.dynamic import DynamicModel
-from ...compress.recipes.recipe import Recipe
-from . import folders, write_results
-from ..report import plots, tables
-from .run_recipe import explained
-from .options import CompareOptions
 from ..loading.loaded_subject import Subject, load_splits, prepare
+from ..report import plots, tables
+from . import folders, write_results
+from .options import CompareOptions
+from .run_recipe import explained
 
 _WIDTH = 120
 

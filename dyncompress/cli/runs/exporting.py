@@ -9,14 +9,14 @@ from torch import fx
 from torch.utils.data import default_collate
 
 from ...compress.evaluation.reports import to_json
+from ...compress.recipes.recipe import Recipe
 from ...compress.training.batches import size_of
 from ...model_zoo.load_data import Splits
-from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.onnx.check import BATCHES
 from ...runtime.onnx.export import OnnxReport, export_onnx
-from ...compress.recipes.recipe import Recipe
-from ..report import tables
+from ...runtime.predict.dynamic import DynamicModel
 from ..loading.loaded_subject import load_splits, prepare
+from ..report import tables
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@ from typing import Any
 from rich.console import Console
 from torch import fx
 
-from ...passes.graph.meta import exits_of
-from ...passes.axes.axes import Axes, infer_axes
-from ...passes.edit.cut_points import blocks, cut_points
-from ...passes.graph.cost import count_bytes, count_macs, count_parameters, node_macs
-from ...passes.gates.read_gates import graph_gates
-from ...passes.gates.insert_gates import gate_places
-from ...passes.dims.type_graph import type_graph
 from ...compress.recipes.recipe import Recipe
-from ..report import tables
+from ...passes.axes.axes import Axes, infer_axes
+from ...passes.dims.type_graph import type_graph
+from ...passes.edit.cut_points import blocks, cut_points
+from ...passes.gates.insert_gates import gate_places
+from ...passes.gates.read_gates import graph_gates
+from ...passes.graph.cost import count_bytes, count_macs, count_parameters, node_macs
+from ...passes.graph.meta import exits_of
 from ..loading.loaded_subject import load_splits, prepare
+from ..report import tables
 
 
 def inspect_model(recipe: Recipe, console: Console, *, allow_pickle: bool = False) -> dict[str, Any]:

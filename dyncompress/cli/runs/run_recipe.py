@@ -15,19 +15,18 @@ import torch
 from rich.console import Console
 from torch import fx
 
-from ...runtime.predict.dynamic import graph_of
 from ...compress.evaluation.report_entries import measure
+from ...compress.options.steps import Export
+from ...compress.recipes.recipe import Recipe
+from ...compress.recipes.take_step import check_order, check_request, result_name, take
 from ...errors import DynCompressError, RequestError
 from ...runtime.files import checkpoint
 from ...runtime.onnx.export import OnnxReport
-from ...runtime.predict.dynamic import DynamicModel
-from ...compress.recipes.recipe import Recipe
-from ...compress.options.steps import Export
+from ...runtime.predict.dynamic import DynamicModel, graph_of
+from ..loading.loaded_subject import Subject, capture_named, load_splits, prepare
 from . import folders, write_results
 from .exporting import write_onnx
 from .run_report import RunReport
-from ...compress.recipes.take_step import check_order, check_request, result_name, take
-from ..loading.loaded_subject import Subject, capture_named, load_splits, prepare
 
 Captured = fx.GraphModule | DynamicModel
 

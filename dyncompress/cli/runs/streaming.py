@@ -13,18 +13,18 @@ from torch import fx
 
 from ...compress.evaluation.report_entries import StaticEntry
 from ...compress.evaluation.reports import to_json
+from ...compress.options.steps import Prune
 from ...compress.pruning.prune_checkpoint import KEPT, prune_checkpoint
 from ...errors import RequestError
 from ...passes.axes.axes import infer_axes
+from ...passes.capture.capture_empty import build_empty, capture_on_meta
 from ...passes.graph.cost import count_bytes, count_macs, count_parameters
 from ...passes.shrink.shrink import shrink
-from ...compress.options.steps import Prune
-from ...runtime.sharded.shard_writer import write_json
 from ...runtime.files.shards import DTYPES, Source
-from ...passes.capture.capture_empty import build_empty, capture_on_meta
-from ..report import tables
-from .folders import Interrupted, REPORT
+from ...runtime.sharded.shard_writer import write_json
 from ..loading.models import architecture, example_for
+from ..report import tables
+from .folders import REPORT, Interrupted
 from .options import DataOptions, ModelOptions, StreamOptions
 
 _TAKEN = ("ratio", "macs", "params", "bytes", "scope", "floor", "ceiling", "round_to", "ignore", "depth", "exact")

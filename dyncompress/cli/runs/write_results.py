@@ -2,36 +2,35 @@
 
 import json
 import shutil
-from dataclasses import replace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import fx
 
-from ...passes.graph.meta import info_of
 from ...compress.evaluation.report_entries import DynamicEntry, Entry
 from ...compress.evaluation.reports import to_json
 from ...compress.exits.convert_report import ConvertReport
 from ...compress.gates.gate_report import GateReport
 from ...compress.pruning.reports import PruneReport
+from ...compress.recipes.recipe import Recipe
 from ...compress.sparsity.sparsify_report import SparsifyReport
 from ...compress.synthesis import impressions
 from ...compress.thresholds.calibrate import Calibration
 from ...compress.thresholds.policy_report import LatencyReport
 from ...compress.thresholds.risk import Promise
-from ...runtime.onnx.export import OnnxReport
-from ...runtime.predict.dynamic import graph_of
+from ...passes.graph.meta import info_of
 from ...runtime.files import checkpoint
-from ...runtime.predict.dynamic import DynamicModel
-from ...compress.recipes.recipe import Recipe
-from . import folders
+from ...runtime.onnx.export import OnnxReport
+from ...runtime.predict.dynamic import DynamicModel, graph_of
+from ..loading.loaded_subject import Subject
 from ..report import gate_payoff, gate_plots, layers, plots, tables
+from ..report.exit_curve import tradeoff
+from . import folders
 from .exporting import check_of, show_check
 from .run_report import GateSummary, LeavingSummary, RunReport
-from ..loading.loaded_subject import Subject
-from ..report.exit_curve import tradeoff
 
 Captured = fx.GraphModule | DynamicModel
 TABLE = "table.txt"

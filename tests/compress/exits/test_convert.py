@@ -1,88 +1,34 @@
 """convert end to end on small models: accuracy kept, MACs saved, and what every option promises."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from data import digits
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
+from trained import QUIET, accuracy_and_macs, info, on_digits
 
 from dyncompress.compress.evaluation.evaluate import evaluate
 from dyncompress.compress.exits.convert import convert
 from dyncompress.compress.thresholds.choose_policy import choose_policy
-from dyncompress.compress.training.trainer import fit
 from dyncompress.errors import RequestError
 from dyncompress.runtime.files.checkpoint import load, save
 from dyncompress.runtime.predict.dynamic import DynamicModel
 
-QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
-
-
-class Data(NamedTuple):
-    train: Dataset
-    calibration: Dataset
-    test: Dataset
-
-
-@cache
-def digits() -> Data:
-    """The 8x8 digits with noise of a different strength for every image."""
-    source = load_digits()
-    x, y = torch.from_numpy(source.images).float().unsqueeze(1) / 16, torch.from_numpy(source.target).long()
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(y), generator=generator)
-    strength = 0.5 * torch.rand(len(y), 1, 1, 1, generator=generator)
-    x = (x + strength * torch.randn(x.shape, generator=generator))[order]
-    parts = zip(x.split([1000, 400, 397]), y[order].split([1000, 400, 397]), strict=True)
-    return Data(*(TensorDataset(*part) for part in parts))
-
-
-def convolution(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
-
-
-@cache
-def _trained() -> nn.Module:
-    torch.manual_seed(0)
-    layers = [convolution(1, 12), convolution(12, 24, 2), convolution(24, 24), convolution(24, 32)]
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-    fit(model, F.cross_entropy, digits().train, epochs=8, lr=0.02, batch_size=64, **QUIET)
-    return model.eval()
-
-
-def trained() -> nn.Module:
-    torch.set_num_threads(1)
-    return _trained()
-
 
 @cache
 def converted() -> DynamicModel:
-    return convert(trained(), exits=2, data=digits(), epochs=4, batch_size=64, **QUIET)
-
-
-def info(model: DynamicModel) -> dict[str, Any]:
-    return model.trunk.meta["info"]["convert"]
-
-
-def loop(model: DynamicModel, data: Dataset) -> tuple[float, float]:
-    """Accuracy and mean MACs, one sample at a time."""
-    right = spent = 0
-    for i in range(len(data)):  # type: ignore[arg-type]
-        x, y = data[i]
-        out = model.predict(x.unsqueeze(0))
-        right += int(out.logits.argmax() == y)
-        spent += int(out.macs)
-    return right / len(data), spent / len(data)  # type: ignore[arg-type]
+    return convert(on_digits(), exits=2, data=digits(), epochs=4, batch_size=64, **QUIET)
 
 
 def test_keeps_the_accuracy_and_saves_work() -> None:
-    static, model = trained(), converted()
+    static, model = on_digits(), converted()
     assert not model.training
-    before, after = evaluate(static, digits().calibration), loop(model, digits().calibration)
+    before, after = evaluate(static, digits().calibration), accuracy_and_macs(model, digits().calibration)
     report = info(model)
     assert report["static"] == {"accuracy": pytest.approx(before.accuracy), "macs": model.static_macs}
     assert after == pytest.approx((report["dynamic"]["accuracy"], report["dynamic"]["mean_macs"]))
@@ -114,7 +60,7 @@ def test_a_budget_is_kept_and_can_be_changed_without_training() -> None:
         accuracies = []
         for share in (0.4, 0.6, 0.9):
             report = choose_policy(model, digits().calibration, macs=share)
-            accuracy, macs = loop(model, digits().calibration)
+            accuracy, macs = accuracy_and_macs(model, digits().calibration)
             assert macs <= share * model.static_macs
             assert (accuracy, macs) == pytest.approx((report.dynamic.accuracy, report.dynamic.mean_macs))
             accuracies.append(accuracy)
@@ -122,7 +68,7 @@ def test_a_budget_is_kept_and_can_be_changed_without_training() -> None:
         with pytest.raises(RequestError, match="the least is"):
             choose_policy(model, digits().calibration, macs=0.001)
         report = choose_policy(model, digits().calibration, rule="entropy", max_loss=0.05)
-        accuracy, macs = loop(model, digits().calibration)
+        accuracy, macs = accuracy_and_macs(model, digits().calibration)
         assert model.policy.rule == "entropy"
         assert accuracy >= report.final.accuracy - 0.05 - 1e-9
         assert macs == pytest.approx(report.dynamic.mean_macs)
@@ -131,7 +77,7 @@ def test_a_budget_is_kept_and_can_be_changed_without_training() -> None:
 
 
 def test_a_frozen_trunk_stays_bit_for_bit() -> None:
-    static = trained()
+    static = on_digits()
     static[0][0].weight.requires_grad = False  # the user's own choice, not to be undone
     try:
         model = convert(static, exits=2, data=digits(), epochs=1, batch_size=64, **QUIET)
@@ -147,7 +93,7 @@ def test_a_frozen_trunk_stays_bit_for_bit() -> None:
 
 def test_the_seed_decides_everything() -> None:
     first, again, other = (
-        convert(trained(), exits=2, data=digits(), epochs=1, batch_size=100, seed=seed, freeze_trunk=False, **QUIET)
+        convert(on_digits(), exits=2, data=digits(), epochs=1, batch_size=100, seed=seed, freeze_trunk=False, **QUIET)
         for seed in (3, 3, 4)
     )
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
@@ -170,9 +116,9 @@ def test_an_interrupted_conversion_resumes_exactly(tmp_path: Path) -> None:
             return digits().train[index]
 
     def run(after: int, **options: Any) -> DynamicModel:
-        data = Data(Interrupted(after), digits().calibration, digits().test)
+        data = replace(digits(), train=Interrupted(after))
         return convert(
-            trained(),
+            on_digits(),
             torch.zeros(1, 1, 8, 8),
             2,
             data=data,
@@ -195,7 +141,7 @@ def test_an_interrupted_conversion_resumes_exactly(tmp_path: Path) -> None:
 def test_one_plain_data_set_is_divided_and_may_hold_unlabelled_samples() -> None:
     x, y = (t.clone() for t in digits().train.tensors)  # type: ignore[attr-defined]
     y[::5] = -1
-    model = convert(trained(), exits=("relu_1",), data=TensorDataset(x, y), epochs=1, batch_size=64, **QUIET)
+    model = convert(on_digits(), exits=("relu_1",), data=TensorDataset(x, y), epochs=1, batch_size=64, **QUIET)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
     assert info(model)["samples"] == int((y[order[:150]] >= 0).sum())
     assert model.exits == ["relu_1"]
@@ -262,13 +208,13 @@ def test_token_models_with_named_or_positional_inputs(as_dict: bool) -> None:
 def test_wrong_requests(change: dict[str, Any], message: str) -> None:
     options: dict[str, Any] = {"exits": 2, "data": digits(), **QUIET, **change}
     with pytest.raises(RequestError, match=message):
-        convert(trained(), **options)
+        convert(on_digits(), **options)
 
 
 def test_accuracy_that_cannot_be_kept_is_refused() -> None:
     flipped = TensorDataset(digits().train.tensors[0], (digits().train.tensors[1] + 1) % 10)  # type: ignore[attr-defined]
-    data = Data(flipped, digits().calibration, digits().test)
+    data = replace(digits(), train=flipped)
     with pytest.raises(RequestError, match="the best is"):
         convert(
-            trained(), exits=1, data=data, epochs=1, lr=0.02, trunk_lr=1.0, freeze_trunk=False, batch_size=64, **QUIET
+            on_digits(), exits=1, data=data, epochs=1, lr=0.02, trunk_lr=1.0, freeze_trunk=False, batch_size=64, **QUIET
         )

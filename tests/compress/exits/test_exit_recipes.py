@@ -3,13 +3,15 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from data import signs
+from nets import Mlp, Tagger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from trained import QUIET, accuracies, inserted, on_signs
 
 from dyncompress.compress.evaluation.evaluate import collect_logits
 from dyncompress.compress.exits.convert import convert
@@ -19,12 +21,9 @@ from dyncompress.compress.exits.taps import Hinted, Taught
 from dyncompress.compress.training.schedule import Timetable
 from dyncompress.compress.training.trainer import fit
 from dyncompress.errors import RequestError
-from dyncompress.passes.capture.capture import capture
-from dyncompress.passes.exits.insert_exits import InsertExits
 from dyncompress.runtime.predict.dynamic import DynamicModel
 from dyncompress.runtime.predict.policy import ExitPolicy
 
-QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
 EXITS, BATCH, CLASSES = 4, 6, 5
 
 
@@ -155,49 +154,16 @@ def test_a_run_on_another_loss_is_not_continued(tmp_path: Path) -> None:
 # --- recipes -----------------------------------------------------------------------------------------------------
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(8, 24)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU()) for _ in range(3))
-        self.fc = nn.Linear(24, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.fc(x)
-
-
-def data(count: int = 512) -> TensorDataset:
-    """Four classes by the signs of two products; the labels are those of a fixed rule."""
-    x = torch.randn(count, 8, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(x, 2 * (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] + x[:, 3] > 0).long())
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def trained() -> nn.Module:
-    torch.manual_seed(2)
-    net = Net()
-    fit(net, F.cross_entropy, data(), epochs=30, lr=0.02, batch_size=64, **QUIET)
-    return net.eval()
-
-
-def inserted(net: nn.Module, head: str = "auto") -> DynamicModel:
-    torch.manual_seed(3)
-    return DynamicModel(InsertExits(2, head)(capture(net, torch.randn(2, 8))).gm)
-
-
-def accuracies(dynamic: DynamicModel) -> list[float]:
-    logits, labels = collect_logits(dynamic, data())
-    return [float((z.argmax(-1) == labels).double().mean()) for z in logits]
+    return on_signs()
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "balanced"])
 def test_exits_learn_under_a_frozen_trunk(recipe: str, trained: nn.Module) -> None:
     dynamic = inserted(trained, "cascade" if recipe == "ztw" else "auto")
     before, untaught = {k: v.clone() for k, v in trained.state_dict().items()}, accuracies(dynamic)
-    train_exits(dynamic, data(), recipe=recipe, lr=0.02, trunk_lr=0.0, epochs=3, batch_size=64, **QUIET)
+    train_exits(dynamic, signs(), recipe=recipe, lr=0.02, trunk_lr=0.0, epochs=3, batch_size=64, **QUIET)
     after, taught = dynamic.trunk.state_dict(), accuracies(dynamic)
     assert all(torch.equal(after[k], v) for k, v in before.items()) and taught[-1] == untaught[-1]
     assert all(t > max(u, 0.5) for t, u in zip(taught[:-1], untaught, strict=False))
@@ -211,22 +177,22 @@ def test_the_trunk_learns_where_it_may(recipe: str, trained: nn.Module, tmp_path
     )
     del run.keywords["data"]
     dynamic = inserted(trained, "cascade" if recipe == "ztw" else "auto")
-    history = run(dynamic, data())
+    history = run(dynamic, signs())
     assert [e.epoch for e in history] == list(range(1, len(RECIPES[recipe]) + 1))
     weight = dynamic.trunk.get_submodule("layers.0.0").weight
     assert not torch.equal(weight, trained.layers[0][0].weight)
     again = inserted(trained, "cascade" if recipe == "ztw" else "auto")
-    assert [e.loss for e in run(again, data(), resume=True)] == [e.loss for e in history]
+    assert [e.loss for e in run(again, signs(), resume=True)] == [e.loss for e in history]
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, dynamic.state_dict()[name]), name
 
 
 def test_two_stages_first_move_the_model_alone(trained: nn.Module) -> None:
     dynamic = inserted(trained)
-    alone = Net()
+    alone = Mlp()
     alone.load_state_dict(trained.state_dict())
-    train_exits(dynamic, data(), recipe="two-stage", lr=0.02, trunk_lr=0.5, epochs=1, batch_size=64, **QUIET)
-    fit(alone, F.cross_entropy, data(), epochs=1, lr=0.01, batch_size=64, **QUIET)
+    train_exits(dynamic, signs(), recipe="two-stage", lr=0.02, trunk_lr=0.5, epochs=1, batch_size=64, **QUIET)
+    fit(alone, F.cross_entropy, signs(), epochs=1, lr=0.01, batch_size=64, **QUIET)
     state = dynamic.trunk.state_dict()
     for name, tensor in alone.state_dict().items():
         torch.testing.assert_close(state[name], tensor)
@@ -237,13 +203,13 @@ def test_ensembles_are_trained_last_and_alone(trained: nn.Module) -> None:
     first = RECIPES["ztw"][:1]
     try:
         whole, RECIPES["ztw"] = RECIPES["ztw"], first
-        train_exits(dynamic, data(), recipe="ztw", lr=0.02, trunk_lr=0.0, epochs=1, batch_size=64, **QUIET)
+        train_exits(dynamic, signs(), recipe="ztw", lr=0.02, trunk_lr=0.0, epochs=1, batch_size=64, **QUIET)
     finally:
         RECIPES["ztw"] = whole
     half = {k: v.clone() for k, v in dynamic.trunk.state_dict().items()}
     assert half["exits.1.ensemble.weight"].flatten().tolist() == [0, 1]
     both = inserted(trained, "cascade")
-    train_exits(both, data(), recipe="ztw", lr=0.02, trunk_lr=0.0, epochs=1, batch_size=64, **QUIET)
+    train_exits(both, signs(), recipe="ztw", lr=0.02, trunk_lr=0.0, epochs=1, batch_size=64, **QUIET)
     changed = {k for k, v in both.trunk.state_dict().items() if not torch.equal(v, half[k])}
     assert changed == {k for k in half if ".ensemble." in k}
 
@@ -251,7 +217,7 @@ def test_ensembles_are_trained_last_and_alone(trained: nn.Module) -> None:
 def test_balanced_gradients_are_the_means_over_the_exits_behind() -> None:
     from dyncompress.compress.exits.recipes import _divided_gradients
 
-    dynamic = inserted(Net().double().eval())
+    dynamic = inserted(Mlp().double().eval())
     trunk, x, y = dynamic.trunk, torch.randn(16, 8, dtype=torch.float64), torch.randint(0, 4, (16,))
     alone = [
         dict(zip(dict(trunk.named_parameters()), torch.autograd.grad(
@@ -269,7 +235,7 @@ def test_balanced_gradients_are_the_means_over_the_exits_behind() -> None:
 
 
 def test_hinted_features() -> None:
-    dynamic = inserted(Net().eval())
+    dynamic = inserted(Mlp().eval())
     hinted, x = Hinted(dynamic.trunk), torch.randn(5, 8)
     logits, features = hinted(x)
     for ours, theirs in zip(logits, dynamic.trunk(x), strict=True):
@@ -281,7 +247,7 @@ def test_hinted_features() -> None:
 
 
 def test_a_teacher_attends_to_the_exits_behind() -> None:
-    dynamic = inserted(Net().eval())
+    dynamic = inserted(Mlp().eval())
     taught, x = Taught(dynamic.trunk), torch.randn(5, 8)
     _, teachers = taught(x)
     _, means = taught.features(x)
@@ -322,15 +288,6 @@ def test_recipes_that_cannot_be(recipe: str, frozen: bool, head: str, message: s
 
 
 # --- answers at every position -------------------------------------------------------------------------------------
-
-
-class Tagger(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.lstm, self.fc = nn.Embedding(20, 16), nn.LSTM(16, 16, 2, batch_first=True), nn.Linear(16, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.fc(self.lstm(self.embed(ids))[0])
 
 
 @pytest.mark.filterwarnings("ignore:the model answers at every position")

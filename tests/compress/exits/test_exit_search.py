@@ -7,8 +7,9 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from test_convert import QUIET, digits, info, loop, trained
+from data import digits
 from torch import Tensor, nn
+from trained import QUIET, accuracy_and_macs, info, on_digits
 
 import dyncompress as dc
 from dyncompress.compress.exits.convert import convert
@@ -62,7 +63,7 @@ def test_an_exit_that_does_not_pay_is_not_kept() -> None:
 
 
 def test_kept_exits_answer_as_before() -> None:
-    gm = InsertExits("every")(dc.capture(trained(), torch.randn(2, 1, 8, 8))).gm.eval()
+    gm = InsertExits("every")(dc.capture(on_digits(), torch.randn(2, 1, 8, 8))).gm.eval()
     assert len(exits_of(gm)) > 2
     small, x = keep_exits(gm, [1]), torch.randn(3, 1, 8, 8)
     assert exits_of(small) == exits_of(gm)[1:2] and len(gm(x)) > len(small(x)) == 2
@@ -71,10 +72,10 @@ def test_kept_exits_answer_as_before() -> None:
 
 
 def test_convert_searches() -> None:
-    model = convert(trained(), exits="search", data=digits(), epochs=3, batch_size=64, max_loss=0.01, **QUIET)
+    model = convert(on_digits(), exits="search", data=digits(), epochs=3, batch_size=64, max_loss=0.01, **QUIET)
     found = info(model)["exit_search"]
     assert model.exits == found["kept"] and set(found["kept"]) <= set(found["candidates"])
-    accuracy, macs = loop(model, digits().calibration)
+    accuracy, macs = accuracy_and_macs(model, digits().calibration)
     assert accuracy >= info(model)["static"]["accuracy"] - 0.01 - 1e-9 and macs < 0.7 * model.static_macs
 
 

@@ -6,16 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_exit_recipes import QUIET, Net, Tagger, accuracies, data, inserted
+from data import signs
+from nets import Tagger
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from trained import QUIET, accuracies, inserted, on_signs
 
 from dyncompress.compress.exits.convert import convert
 from dyncompress.compress.exits.meta_exits import RATE, STEPS, Adapted, Episodes, Heads, Read
 from dyncompress.compress.exits.recipes import check_recipe, train_exits
 from dyncompress.compress.synthesis.few_samples import few_shots
-from dyncompress.compress.training.trainer import fit
 from dyncompress.errors import RequestError
 
 
@@ -25,12 +26,9 @@ def _seed() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def trained() -> nn.Module:
-    torch.manual_seed(2)
-    net = Net()
-    fit(net, F.cross_entropy, data(), epochs=12, lr=0.02, batch_size=64, **QUIET)
-    return net.eval()
+    return on_signs()
 
 
 def read(shots: int, classes: int = 4) -> Read:
@@ -87,7 +85,7 @@ def test_episodes() -> None:
 
 @pytest.mark.parametrize("head", ["auto", "mlp"])
 def test_heads_learn_and_the_trunk_does_not(head: str, trained: nn.Module, tmp_path: Path) -> None:
-    few = few_shots(data(), 20, 4, seed=0)
+    few = few_shots(signs(), 20, 4, seed=0)
     options: dict[str, Any] = {"recipe": "meta", "lr": 0.01, "trunk_lr": 0.0, "epochs": 2, "batch_size": 64, **QUIET}
     dynamic = inserted(trained, head)
     untaught = accuracies(dynamic)
@@ -105,7 +103,7 @@ def test_heads_learn_and_the_trunk_does_not(head: str, trained: nn.Module, tmp_p
 
 def test_the_last_steps_are_on_all_samples(trained: nn.Module) -> None:
     dynamic = inserted(trained)
-    few = few_shots(data(), 5, 4, seed=0)
+    few = few_shots(signs(), 5, 4, seed=0)
     train_exits(dynamic, few, recipe="meta", lr=1e-12, trunk_lr=0.0, epochs=1, **QUIET)  # w stays where it was
     start = Heads(inserted(trained).trunk).heads[0]
     seen = Read.by(inserted(trained), few, 7, None)
@@ -124,7 +122,7 @@ def test_the_last_steps_are_on_all_samples(trained: nn.Module) -> None:
 
 
 def test_convert_from_few_shots(trained: nn.Module) -> None:
-    options: dict[str, Any] = {"exits": 2, "data": data(), "shots": 5, "recipe": "meta", "batch_size": 64, **QUIET}
+    options: dict[str, Any] = {"exits": 2, "data": signs(), "shots": 5, "recipe": "meta", "batch_size": 64, **QUIET}
     report = convert(trained, epochs=1, **options).trunk.meta["info"]["convert"]
     assert report["exits"][1]["accuracy_on_all"] > 0.5
     with pytest.raises(RequestError, match="freeze the trunk"):

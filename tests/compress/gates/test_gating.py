@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from exit_models import ResNet, Text, Vit, _text_batch
+from data import text_batch
+from dynamic_models import gated
+from nets import ResNet, Text, Vit
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -162,7 +164,7 @@ def test_rates_of_transformers() -> None:
 class Sentences(Dataset[tuple[dict[str, Tensor], int]]):
     def __init__(self) -> None:
         torch.manual_seed(2)
-        self.batch = _text_batch(96)
+        self.batch = text_batch(96)
 
     def __len__(self) -> int:
         return 96
@@ -179,8 +181,6 @@ def test_text_with_masks() -> None:
 
 def test_a_budget_by_moving_all_gates(net: nn.Module) -> None:
     """The mean MACs of the samples, wherever the gates stood before."""
-    from gate_models import gated
-
     data, dyn = Halves(512, 16), gated("resnet")
     for share in (0.9, 0.6):
         target = share * dyn.static_macs

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from nets import TiedWords
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -174,18 +175,9 @@ def test_random_scores_follow_the_seed(gm: fx.GraphModule) -> None:
 
 
 def test_shared_weights_count_once() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.words, self.out = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
-            self.out.weight = self.words.weight
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.out(self.words(ids).mean(1))
-
-    gm = dc.capture(Tied(), torch.ones(2, 3, dtype=torch.int64))
+    gm = dc.capture(TiedWords(), torch.ones(2, 3, dtype=torch.int64))
     (found,) = scores("l2", gm).values()
-    torch.testing.assert_close(found.float(), gm.words.weight.detach().norm(dim=0))
+    torch.testing.assert_close(found.float(), gm.embed.weight.detach().norm(dim=0))
 
 
 @pytest.mark.parametrize("name", list(IMPORTANCES))

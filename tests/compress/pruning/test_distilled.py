@@ -8,23 +8,24 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from sparsify_models import OPTIONS, images, network, same
-from test_sparsify_runs import stopped
+from data import stripes
+from nets import seeded
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from trained import SPARSIFY, same, stopped
 
 import dyncompress as dc
 from dyncompress.compress.training.losses import Distilled, cross_entropy
 from dyncompress.compress.training.trainer import fit
 
-SPARSE: dict[str, Any] = OPTIONS | {"macs": 0.5}
+SPARSE: dict[str, Any] = SPARSIFY | {"macs": 0.5}
 PRUNED: dict[str, Any] = {"macs": 0.4, "finetune": 2, "batch_size": 32, "lr": 1e-2}
 
 
 def relabelled() -> TensorDataset:
     """The same images with other labels."""
-    x, y = images().tensors
+    x, y = stripes().tensors
     return TensorDataset(x, (y + 1) % (int(y.max()) + 1))
 
 
@@ -62,31 +63,32 @@ def test_the_student_becomes_its_teacher(precision: str) -> None:
 
 
 def test_with_a_teacher_alone_labels_do_not_matter() -> None:
-    first, second = (dc.sparsify(network(), data, **SPARSE, distill=1.0) for data in (images(), relabelled()))
+    first, second = (dc.sparsify(seeded(), data, **SPARSE, distill=1.0) for data in (stripes(), relabelled()))
     assert same(first, second)
     first, second = (
-        dc.prune(network(), images()[0][0][None], data=data, **PRUNED, distill=1.0) for data in (images(), relabelled())
+        dc.prune(seeded(), stripes()[0][0][None], data=data, **PRUNED, distill=1.0)
+        for data in (stripes(), relabelled())
     )
     assert same(first, second)
-    assert not same(first, dc.prune(network(), images()[0][0][None], data=images(), **PRUNED))
+    assert not same(first, dc.prune(seeded(), stripes()[0][0][None], data=stripes(), **PRUNED))
 
 
 def test_a_distilled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     options = SPARSE | {"shrink_every": 1, "epochs": 3, "distill": 0.5}
-    whole = dc.sparsify(network(), images(), **options)
+    whole = dc.sparsify(seeded(), stripes(), **options)
     with pytest.raises(KeyboardInterrupt, match="continue with resume"):
-        dc.sparsify(network(), images(), loss_fn=stopped(14), run_dir=tmp_path, **options)
-    assert same(dc.sparsify(network(), images(), run_dir=tmp_path, resume=True, **options), whole)
+        dc.sparsify(seeded(), stripes(), loss_fn=stopped(14), run_dir=tmp_path, **options)
+    assert same(dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **options), whole)
     with pytest.raises(dc.RequestError, match="has distill"):
-        dc.sparsify(network(), images(), run_dir=tmp_path, resume=True, **options | {"distill": 0.25})
+        dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **options | {"distill": 0.25})
 
 
 def test_wrong_shares() -> None:
-    x = images()[0][0][None]
+    x = stripes()[0][0][None]
     for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(dc.RequestError, match="share from 0 to 1"):
-            dc.sparsify(network(), images(), **SPARSE, distill=share)
+            dc.sparsify(seeded(), stripes(), **SPARSE, distill=share)
         with pytest.raises(dc.RequestError, match="share from 0 to 1"):
-            dc.prune(network(), x, data=images(), **PRUNED, distill=share)
+            dc.prune(seeded(), x, data=stripes(), **PRUNED, distill=share)
     with pytest.raises(dc.RequestError, match="give finetune"):
-        dc.prune(network(), x, macs=0.5, distill=0.5)
+        dc.prune(seeded(), x, macs=0.5, distill=0.5)

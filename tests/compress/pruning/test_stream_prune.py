@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from stream_models import INDEX, captured, empty, state, trained, write_shards
+from nets import OneConv
+from shard_files import INDEX, captured, empty, state, trained, write_shards
 from torch import fx
 
 import dyncompress as dc
@@ -145,29 +146,16 @@ def test_weights_that_are_not_finite(bad: float, gm: fx.GraphModule, tmp_path: P
 # --- the command line --------------------------------------------------------------------------------------------
 
 
-class Mixer(torch.nn.Module):
-    """Images (B, 1, 8, 8) in 3 classes; its normalisation counts its batches, in whole numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = torch.nn.Conv2d(1, 24, 3), torch.nn.BatchNorm2d(24)
-        self.fc = torch.nn.Linear(24, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(torch.relu(self.norm(self.stem(x))).mean((2, 3)))
-
-
 @pytest.fixture
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint of Mixer in half precision, in a working directory that can import it."""
+    """A checkpoint of OneConv in half precisionin the working directory."""
     torch.manual_seed(0)
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
     monkeypatch.chdir(tmp_path)
-    halves = {k: v.half() if v.is_floating_point() else v for k, v in Mixer().state_dict().items()}
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in OneConv(24).state_dict().items()}
     return write_shards(tmp_path / "ckpt", halves, count=2)
 
 
-ARCH = "--arch test_stream_prune:Mixer --input-shape 1,8,8 --stream"
+ARCH = "--arch nets:OneConv(width=24) --input-shape 1,8,8 --stream"
 
 
 def test_prune_stream(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +165,7 @@ def test_prune_stream(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
     small = dc.load("out")
     assert report["model"] == report["run_dir"] == "out" and report["onnx"] is None
     assert report["pruned"]["parameters"] == sum(p.numel() for p in small.parameters())
-    assert report["static"]["parameters"] == sum(p.numel() for p in Mixer().parameters())
+    assert report["static"]["parameters"] == sum(p.numel() for p in OneConv(24).parameters())
     assert report["axes"] == [
         {"name": "stem.weight:0", "kind": "channels", "before": 24, "after": small.fc.in_features}
     ]

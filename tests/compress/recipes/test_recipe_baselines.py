@@ -6,19 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from sparsify_models import make_data, network
+from data import make_stripes
+from nets import seeded
 
 import dyncompress as dc
 from dyncompress.cli.main import run
 from dyncompress.passes.rewrites.low_rank import LowRank
 
-HEAD = "model: sparsify_models:make_net\ndevice: cpu\n"
+HEAD = "model: nets:small_resnet\ndevice: cpu\n"
 TRAINED = "finetune: 1, lr: 1e-2, batch_size: 32"
 
 
 def report_of(tmp_path: Path, steps: str) -> dict[str, Any]:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"{HEAD}data: sparsify_models:make_data\nsteps:\n{steps}")
+    recipe.write_text(f"{HEAD}data: data:make_stripes\nsteps:\n{steps}")
     assert run(["run", str(recipe), "--out", str(tmp_path / "out")]) == 0
     return json.loads((tmp_path / "out" / "report.json").read_text())
 
@@ -30,7 +31,7 @@ def test_zeros_on_top_of_low_rank(tmp_path: Path) -> None:
     assert thin == zeroed <= 0.6 * static
     assert report["low-rank"]["macs"] < report["static"]["macs"]
     result = dc.load(report["model"])
-    expected = LowRank(params=0.6)(dc.capture(network(), make_data().train[0][0][None])).gm
+    expected = LowRank(params=0.6)(dc.capture(seeded(), make_stripes().train[0][0][None])).gm
     assert {n: p.shape for n, p in result.named_parameters()} == {n: p.shape for n, p in expected.named_parameters()}
     weights = torch.cat([p.flatten() for p in result.parameters() if p.dim() > 1])
     assert int((weights == 0).sum()) == round(0.5 * len(weights))  # after the training, too
@@ -39,7 +40,7 @@ def test_zeros_on_top_of_low_rank(tmp_path: Path) -> None:
 
 def test_zeros_by_layer_without_training(tmp_path: Path) -> None:
     report = report_of(tmp_path, "- unstructured: {sparsity: 0.25, scope: layer}\n")
-    for name, weight in network().named_parameters():
+    for name, weight in seeded().named_parameters():
         if weight.dim() > 1:
             small = dc.load(report["model"]).get_parameter(name)
             threshold = weight.abs().flatten().kthvalue(round(0.25 * weight.numel())).values

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from sparsify_models import OPTIONS, images, network, same
-from test_sparsify_runs import stopped
+from data import stripes
+from nets import seeded
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from trained import SPARSIFY, same, stopped
 
 import dyncompress as dc
 from dyncompress.compress.sparsity import sparsifier
@@ -20,7 +21,7 @@ from dyncompress.compress.training.batch_growth import bytes_per_sample, largest
 from dyncompress.compress.training.losses import cross_entropy
 from dyncompress.compress.training.schedule import Timetable
 
-GROWING: dict[str, Any] = OPTIONS | {
+GROWING: dict[str, Any] = SPARSIFY | {
     "macs": 0.2, "epochs": 4, "finetune": 2, "shrink_every": 1, "batch_size": 16, "ema": 0.9, "grow_batch": True,
 }  # fmt: skip
 SAMPLES = 192
@@ -57,7 +58,7 @@ def grown() -> Iterator[Any]:
     torch.set_num_threads(1)
     steps = Steps()
     with saved_tensors_hooks(steps.pack, lambda tensor: tensor):
-        small = dc.sparsify(network(), images(), loss_fn=steps, **GROWING)
+        small = dc.sparsify(seeded(), stripes(), loss_fn=steps, **GROWING)
     yield small, steps.seen
 
 
@@ -73,7 +74,7 @@ def test_every_epoch_has_the_largest_batch_that_needs_no_more_memory_than_the_fi
 
 @pytest.mark.parametrize("width", [12, 5])
 def test_bytes_per_sample_by_hand(width: int) -> None:
-    gm = dc.capture(network(), images().tensors[0][:2])
+    gm = dc.capture(seeded(), stripes().tensors[0][:2])
     model = dc.shrink(gm, {"stem.weight:0": list(range(width))}) if width < 12 else gm
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pixels = 8 * 8
@@ -81,7 +82,7 @@ def test_bytes_per_sample_by_hand(width: int) -> None:
     norms = 10 + width  # their inputs
     floats = (convolutions + norms + width) * pixels  # the last activation, after the sum, which keeps nothing
     floats += width + 3  # the classifier's input; the logits
-    assert bytes_per_sample(model.train(), images(), AUTOCAST) == 4 * floats
+    assert bytes_per_sample(model.train(), stripes(), AUTOCAST) == 4 * floats
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())  # norms, too
 
 
@@ -95,13 +96,13 @@ def test_batches_are_quarters_of_the_first_rounded_down() -> None:
 
 def test_nothing_grows_where_nothing_leaves() -> None:
     options = GROWING | {"macs": None, "strength": 1e-6, "epochs": 2, "finetune": 1}
-    small, plain = (dc.sparsify(network(), images(), **options | {"grow_batch": grow}) for grow in (True, False))
+    small, plain = (dc.sparsify(seeded(), stripes(), **options | {"grow_batch": grow}) for grow in (True, False))
     assert batches(small) == [16] * 3 and small.meta["info"]["sparsify"]["surgeries"] == []
     assert same(small, plain)
 
 
 def test_the_batch_stays_within_the_data() -> None:
-    small = dc.sparsify(network(), images(20), **GROWING)
+    small = dc.sparsify(seeded(), stripes(20), **GROWING)
     assert batches(small)[0] == 16 and batches(small)[-1] == 20
 
 
@@ -149,7 +150,7 @@ def test_training_and_group_lasso_follow_the_grown_schedule(monkeypatch: pytest.
     monkeypatch.setattr(torch, "_foreach_lerp_", lerp)
     monkeypatch.setattr(trainer, "tqdm", bar)
     options = GROWING | {"macs": None, "strength": 0.8, "optimizer": Watched, "lr": 0.05, "progress": True}
-    sizes = batches(dc.sparsify(network(), images(), **options))
+    sizes = batches(dc.sparsify(seeded(), stripes(), **options))
     assert sizes[0] < sizes[-1]
     table = Timetable(SAMPLES, 1, 0.05, tuple(sizes))
     assert seen == pytest.approx(table.lrs)
@@ -166,7 +167,7 @@ def test_the_horizon_is_that_of_the_steps_to_come() -> None:
         metric="macs", target=0.5, strength=None, penalty_ratio=None, epochs=10, finetune=0, shrink_every=1,
         kinds=("axes",), limits=sparsifier.Limits(0.1), ema=None, grow_batch=True, distill=0.0,
     )  # fmt: skip
-    work = sparsifier.Sparsifier(dc.capture(network(), images().tensors[0][:2]), request, cross_entropy, images())
+    work = sparsifier.Sparsifier(dc.capture(seeded(), stripes().tensors[0][:2]), request, cross_entropy, stripes())
     left = []
     for table in (Timetable(960, 1, 0.1, (16,) * 10), Timetable(960, 1, 0.1, (16,) * 2 + (32,) * 8)):
         work.reschedule(table)
@@ -183,8 +184,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path, grown: Any) -> N
     left = len(seen) - first  # steps, once resumed: an epoch that was not done begins anew
     for step, resume in ((first + 2, False), (left - 2, True)):
         with pytest.raises(KeyboardInterrupt, match="continue with resume"):
-            dc.sparsify(network(), images(), loss_fn=stopped(step), run_dir=tmp_path, resume=resume, **GROWING)
-    again = dc.sparsify(network(), images(), run_dir=tmp_path, resume=True, **GROWING)
+            dc.sparsify(seeded(), stripes(), loss_fn=stopped(step), run_dir=tmp_path, resume=resume, **GROWING)
+    again = dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **GROWING)
     assert same(again, whole) and again.meta["info"]["sparsify"] == whole.meta["info"]["sparsify"]
     with pytest.raises(dc.RequestError, match="has grow_batch = True, not False"):
-        dc.sparsify(network(), images(), run_dir=tmp_path, resume=True, **GROWING | {"grow_batch": False})
+        dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **GROWING | {"grow_batch": False})

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from sparsify_models import OPTIONS, Net, Words, accuracy, images, network, same, sentences
+from data import counting, stripes
+from nets import SmallResNet, Words, seeded
 from torch.nn import functional as F
+from trained import SPARSIFY, accuracy, same
 
 import dyncompress as dc
 from dyncompress.compress.sparsity.retrain import reinit, rewind
@@ -15,7 +17,7 @@ from dyncompress.compress.training.surgery import carry_over, operate
 from dyncompress.passes.graph.cost import count_macs, count_parameters
 from dyncompress.passes.graph.restoring import evaluating
 
-TWO = partial(Net, branches=2)
+TWO = partial(SmallResNet, branches=2)
 
 
 @pytest.mark.parametrize(
@@ -30,10 +32,10 @@ TWO = partial(Net, branches=2)
     ],
 )
 def test_targets_are_met(change: dict[str, Any], count: Any) -> None:
-    data, model = images(), network(TWO if "kinds" in change else Net)
+    data, model = stripes(), seeded(TWO if "kinds" in change else SmallResNet)
     gm = dc.capture(model, data.tensors[0][:2])
     before = copy.deepcopy(gm.state_dict())
-    small = dc.sparsify(gm, data, **OPTIONS | change)
+    small = dc.sparsify(gm, data, **SPARSIFY | change)
     report = small.meta["info"]["sparsify"]
     target = change.get("macs") or change["params"]
     assert report["left"] == pytest.approx(count(small) / count(gm))
@@ -57,7 +59,7 @@ def test_counts_are_multiples_at_every_surgery(goal: dict[str, float], monkeypat
         return operate(gm, keep, **options)
 
     monkeypatch.setattr(sparsifier, "operate", seen)
-    dc.sparsify(network(), images(), **OPTIONS | {**goal, "round_to": 4, "shrink_every": 1})
+    dc.sparsify(seeded(), stripes(), **SPARSIFY | {**goal, "round_to": 4, "shrink_every": 1})
     assert len(counts) > 1 and all(count % 4 == 0 for some in counts for count in some)
 
 
@@ -77,18 +79,18 @@ def test_every_surgery_equals_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         return surgery
 
     monkeypatch.setattr(sparsifier, "operate", compared)
-    for kind, data, kinds in ((TWO, images(), ("axes", "layers")), (Words, sentences(), ("axes",))):
+    for kind, data, kinds in ((TWO, stripes(), ("axes", "layers")), (Words, counting(), ("axes",))):
         learned: list[bool] = []
-        dc.sparsify(network(kind), data, params=0.5, shrink_every=1, kinds=kinds, **OPTIONS)
+        dc.sparsify(seeded(kind), data, params=0.5, shrink_every=1, kinds=kinds, **SPARSIFY)
         assert learned and learned[0]  # what lasso zeroed, not what the surgery zeroes
     assert max(seen) < 1e-5
 
 
 def test_language_models_and_strength_by_hand() -> None:
-    data = sentences()
-    model = network(Words)
-    weak = dc.sparsify(model, data, strength=0.2, **OPTIONS)
-    strong = dc.sparsify(model, data, strength=4.0, kinds=("hidden states",), floor=0.25, **OPTIONS)
+    data = counting()
+    model = seeded(Words)
+    weak = dc.sparsify(model, data, strength=0.2, **SPARSIFY)
+    strong = dc.sparsify(model, data, strength=4.0, kinds=("hidden states",), floor=0.25, **SPARSIFY)
     assert count_parameters(strong) < count_parameters(weak) <= count_parameters(model)
     assert strong.embed.embedding_dim == 8 and strong.lstm.hidden_size == 3  # as its floor says
     assert {s["strength"] for s in strong.meta["info"]["sparsify"]["surgeries"]} == {4.0}
@@ -97,11 +99,11 @@ def test_language_models_and_strength_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", ["filters", "shapes"])
 def test_zeros_that_stay_in_a_weight_outlive_the_training_after_them(kind: str) -> None:
-    small = dc.sparsify(network(), images(), macs=0.6, kinds=("axes", kind), ema=0.9, **OPTIONS)
+    small = dc.sparsify(seeded(), stripes(), macs=0.6, kinds=("axes", kind), ema=0.9, **SPARSIFY)
     zeros = [weight.flatten(1) == 0 for name, weight in small.named_parameters() if weight.dim() > 1]
     shares = [float(zero.all(1 if kind == "filters" else 0).double().mean()) for zero in zeros]
     assert 0 < max(shares) < 0.6
-    assert accuracy(small, images()) > 0.9
+    assert accuracy(small, stripes()) > 0.9
 
 
 def test_strength_from_the_first_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +122,7 @@ def test_strength_from_the_first_loss(monkeypatch: pytest.MonkeyPatch) -> None:
                 found.append(self.strength * penalty / float(self._first_loss))  # type: ignore[arg-type]
 
     monkeypatch.setattr("dyncompress.compress.sparsity.sparsify.Sparsifier", Watched)
-    dc.sparsify(network(), images(), penalty_ratio=0.2, **OPTIONS)
+    dc.sparsify(seeded(), stripes(), penalty_ratio=0.2, **SPARSIFY)
     assert found == [pytest.approx(0.2)] and len(steps) == 4 * 6
     assert min(steps[: 3 * 6]) > 0 and steps[3 * 6 :] == [0.0] * 6  # then zeros are held only
 
@@ -128,8 +130,8 @@ def test_strength_from_the_first_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("make", [torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9), torch.optim.RMSprop])
 def test_training_goes_on_after_surgery_as_if_the_zeros_were_still_there(make: Any) -> None:
     """Groups of zeros get no gradient: the steps of the small model are those of the large one, moments and all."""
-    x, y = images(32).tensors[0].double(), images(32).tensors[1]
-    whole = dc.capture(network(TWO).double(), x[:2])
+    x, y = stripes(32).tensors[0].double(), stripes(32).tensors[1]
+    whole = dc.capture(seeded(TWO).double(), x[:2])
     keep = {"stem.weight:0": [0, 2, 3, 7, 8, 9, 11], "blocks.0.0.weight:0": [1, 2, 5], "blocks.1.0.weight:0": [0, 9]}
 
     def trained(cut: bool) -> Any:
@@ -154,18 +156,18 @@ def test_training_goes_on_after_surgery_as_if_the_zeros_were_still_there(make: A
 
 
 def test_an_optimiser_whose_state_has_no_slices_is_refused() -> None:
-    gm = dc.capture(network(), images().tensors[0][:2]).train()
+    gm = dc.capture(seeded(), stripes().tensors[0][:2]).train()
     optimizer = torch.optim.Adafactor(gm.parameters())
-    gm(images().tensors[0][:4]).sum().backward()
+    gm(stripes().tensors[0][:4]).sum().backward()
     optimizer.step()
     with pytest.raises(dc.RequestError, match="cannot be sliced"):
         carry_over(optimizer, gm, operate(gm, {"stem.weight:0": [0, 1]}))
 
 
 def test_controls() -> None:
-    data = images()
-    early = dc.capture(network(), data.tensors[0][:2])
-    small = dc.sparsify(early, data, macs=0.5, kinds=("axes", "layers"), **OPTIONS)
+    data = stripes()
+    early = dc.capture(seeded(), data.tensors[0][:2])
+    small = dc.sparsify(early, data, macs=0.5, kinds=("axes", "layers"), **SPARSIFY)
     kept = {name: a["kept"] for name, a in small.meta["info"]["sparsify"]["kept"].items() if a["kept"]}
     ticket = rewind(small, early)
     rows, columns = kept["blocks.0.0.weight:0"], kept["stem.weight:0"]
@@ -187,9 +189,9 @@ def test_bf16() -> None:
 
     AcceleratorState._reset_state(True)
     try:
-        small = dc.sparsify(network(), images(), macs=0.5, mixed_precision="bf16", **OPTIONS)
+        small = dc.sparsify(seeded(), stripes(), macs=0.5, mixed_precision="bf16", **SPARSIFY)
         report = small.meta["info"]["sparsify"]
-        assert report["left"] <= 0.5 and report["learned"] < 1 and accuracy(small, images()) > 0.9
+        assert report["left"] <= 0.5 and report["learned"] < 1 and accuracy(small, stripes()) > 0.9
         assert {p.dtype for p in small.parameters()} == {torch.float32}
     finally:
         AcceleratorState._reset_state(True)
@@ -217,4 +219,4 @@ def test_bf16() -> None:
 )
 def test_wrong_requests(change: dict[str, Any], said: str) -> None:
     with pytest.raises(dc.RequestError, match=said):
-        dc.sparsify(network(), images(8), **change)
+        dc.sparsify(seeded(), stripes(8), **change)

@@ -11,49 +11,41 @@ from typing import Any
 
 import pytest
 import torch
-from sparsify_models import OPTIONS, images, make_data, make_net, network, same
-from torch import Tensor
+from data import make_stripes, stripes
+from nets import seeded, small_resnet
+from trained import SPARSIFY, same, stopped
 
 import dyncompress as dc
 from dyncompress.cli.main import run
-from dyncompress.compress.training.losses import cross_entropy
 
 STEPS = 6  # per epoch of batches of 32
-RESUMED: dict[str, Any] = OPTIONS | {"shrink_every": 1, "ema": 0.9, "macs": 0.3, "epochs": 5}
-
-
-def stopped(step: int) -> Any:
-    """The loss, until some step."""
-    seen = iter(range(10**6))
-
-    def loss(output: Any, labels: Tensor) -> Tensor:
-        if next(seen) == step:
-            raise KeyboardInterrupt
-        return cross_entropy(output, labels)
-
-    return loss
+RESUMED: dict[str, Any] = SPARSIFY | {"shrink_every": 1, "ema": 0.9, "macs": 0.3, "epochs": 5}
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Stopped after its first surgery, and again after its last."""
-    whole = dc.sparsify(network(), images(), **RESUMED)
+    whole = dc.sparsify(seeded(), stripes(), **RESUMED)
     first, *_, last = (s["epoch"] for s in whole.meta["info"]["sparsify"]["surgeries"])
     assert first < last
     for step, resume in ((first * STEPS + 2, False), ((last - first) * STEPS + 2, True)):
         with pytest.raises(KeyboardInterrupt, match="continue with resume"):
-            dc.sparsify(network(), images(), loss_fn=stopped(step), run_dir=tmp_path, resume=resume, **RESUMED)
+            dc.sparsify(seeded(), stripes(), loss_fn=stopped(step), run_dir=tmp_path, resume=resume, **RESUMED)
         torch.manual_seed(99)
-    again = dc.sparsify(network(), images(), run_dir=tmp_path, resume=True, **RESUMED)
+    again = dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **RESUMED)
     assert same(again, whole)
     assert again.meta["info"]["sparsify"] == whole.meta["info"]["sparsify"]
     with pytest.raises(dc.RequestError, match="has target"):
-        dc.sparsify(network(), images(), run_dir=tmp_path, resume=True, **RESUMED | {"macs": 0.4})
+        dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **RESUMED | {"macs": 0.4})
 
 
 def begun(code: str, **environment: str) -> subprocess.Popen[str]:
-    """Runs code that begins with the names of sparsify_models, in a process of its own."""
-    names = "import os, signal, sys, torch, dyncompress as dc"
-    text = f"{names}\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\nfrom sparsify_models import *\n{code}"
+    """Runs code that begins with the names that these tests share, in a process of its own."""
+    text = f"""import os, signal, sys, torch, dyncompress as dc
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from data import stripes
+from nets import seeded
+from trained import SPARSIFY
+{code}"""
     own = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE, text=True, env=own)
 
@@ -61,8 +53,8 @@ def begun(code: str, **environment: str) -> subprocess.Popen[str]:
 def test_two_processes_make_the_same_model(tmp_path: Path) -> None:
     code = f"""
 torch.set_num_threads(1)
-options = OPTIONS | {{"epochs": 1, "batch_size": 16, "macs": 0.3, "grow_batch": True}}
-small = dc.sparsify(network(), images(), run_dir={str(tmp_path / "run")!r}, **options)
+options = SPARSIFY | {{"epochs": 1, "batch_size": 16, "macs": 0.3, "grow_batch": True}}
+small = dc.sparsify(seeded(), stripes(), run_dir={str(tmp_path / "run")!r}, **options)
 assert small.meta["info"]["sparsify"]["surgeries"] and torch.distributed.get_world_size() == 2
 saved = {{"sizes": small.meta["info"]["sparsify"]["batch_sizes"], **dict(small.named_parameters())}}
 torch.save(saved, {str(tmp_path)!r} + "/" + os.environ["RANK"])
@@ -86,9 +78,9 @@ torch.save(saved, {str(tmp_path)!r} + "/" + os.environ["RANK"])
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
-RUN = ["sparsify", "sparsify_models:make_net", "--kinds", "axes", "--kinds", "layers", "--macs", "0.3", "--epochs", "3"]
+RUN = ["sparsify", "nets:small_resnet", "--kinds", "axes", "--kinds", "layers", "--macs", "0.3", "--epochs", "3"]
 RUN += ["--finetune", "1", "--shrink-every", "1", "--ema", "0.9", "--lr", "0.01", "--batch-size", "16", "--grow-batch"]
-SOURCE = ["--data", "sparsify_models:make_data", "--device", "cpu", "--json"]
+SOURCE = ["--data", "data:make_stripes", "--device", "cpu", "--json"]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +116,7 @@ def test_a_killed_run_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     arguments = [*RUN, *SOURCE, "--out", str(tmp_path)]
     done = report_in(folder)["sparsify"]
     first = next(epoch for epoch, size in enumerate(done["batch_sizes"]) if size > 16)  # epochs before it grows
-    step = sum(192 // size for size in done["batch_sizes"][:first]) + 3
+    step = sum(240 // size for size in done["batch_sizes"][:first]) + 3
     code = f"""
 from dyncompress.cli.main import run
 from dyncompress.compress.sparsity.sparsifier import Sparsifier
@@ -144,16 +136,16 @@ run({arguments!r})
     assert same(dc.load(tmp_path / "model.safetensors"), dc.load(folder / "model.safetensors"))
 
 
-@pytest.mark.parametrize("early", [None, "sparsify_models:make_net"])
+@pytest.mark.parametrize("early", [None, "nets:small_resnet"])
 def test_its_shape_is_trained_anew(
     folder: Path, tmp_path: Path, early: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small, data = dc.load(folder / "model.safetensors"), make_data().train
+    small, data = dc.load(folder / "model.safetensors"), make_stripes().train
     words = ["retrain", str(folder / "model.safetensors"), *SOURCE, "--epochs", "2", "--out", str(tmp_path / "run")]
     assert run([*words, *(["--early", early] if early else [])]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["retrained"]["macs"] == report["static"]["macs"]
-    whole = dc.capture(make_net(), data[0][0][None]) if early else None
+    whole = dc.capture(small_resnet(), data[0][0][None]) if early else None
     expected = dc.retrain(small, data, early=whole, epochs=2, device="cpu")
     assert same(dc.load(report["model"]), expected) and not same(expected, small)
 
@@ -162,7 +154,7 @@ def test_earlier_weights_of_another_model_are_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["retrain", str(folder / "model.safetensors"), *SOURCE, "--out", str(tmp_path / "run"), "--early"]
-    assert run([*words, "sparsify_models:make_other"]) == 2
+    assert run([*words, "nets:linear"]) == 2
     said = capsys.readouterr().err
     assert "the earlier weights are of another model" in said.splitlines()[-1] and not (tmp_path / "run").exists()
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from exit_models import CASES, graph_with_exits
-from test_leaving import easy
+from cases import CASES, graph_with_exits
+from dynamic_models import easy
 from torch import nn
 
 from dyncompress.compress.exits.which_exits import search_exits

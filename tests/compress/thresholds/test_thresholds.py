@@ -1,71 +1,13 @@
 """Threshold search against brute force: plain loops over samples and every combination of thresholds."""
 
-import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from played import CLASSES, STAGES, Data, draw, every_choice, simulate
 
 from dyncompress.compress.thresholds.thresholds import OperatingPoint, ThresholdSearch
 from dyncompress.errors import RequestError
-
-STAGES, HEADS = [10, 15, 20, 55], [1, 3, 2]
-CLASSES = 5
-
-Data = tuple[list[Tensor], Tensor, list[int], list[int]]
-
-
-def draw(samples: int, early: int, seed: int = 0) -> Data:
-    """Exits that grow better with depth, on samples of different difficulty."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, CLASSES, (samples,), generator=generator)
-    ease = torch.rand(samples, 1, generator=generator)
-    logits = []
-    for k in range(early + 1):
-        noise = torch.randn(samples, CLASSES, generator=generator)
-        logits.append((1 + k) * 3 * ease * torch.eye(CLASSES)[labels] + noise)
-    return logits, labels, STAGES[:early] + [STAGES[-1]], HEADS[:early]
-
-
-def confidence(row: list[float], rule: str) -> float:
-    weights = [math.exp(v) for v in row]
-    p = [w / sum(weights) for w in weights]
-    return max(p) if rule == "max-softmax" else -sum(v * math.log(v) for v in p) / math.log(len(p))
-
-
-def leaves(value: float, threshold: float | None, rule: str) -> bool:
-    if threshold is None:
-        return False
-    return value >= threshold if rule == "max-softmax" else value <= threshold
-
-
-def simulate(data: Data, thresholds: tuple[float | None, ...], rule: str) -> tuple[float, float]:
-    """Accuracy and mean MACs, one sample at a time."""
-    logits, labels, stages, heads = data
-    rows = [z.tolist() for z in logits]
-    right = spent = 0
-    for i, label in enumerate(labels.tolist()):
-        for k, row in enumerate(rows):
-            spent += stages[k]
-            if k < len(heads) and thresholds[k] is not None:
-                spent += heads[k]
-            if k == len(heads) or leaves(confidence(row[i], rule), thresholds[k], rule):
-                right += row[i].index(max(row[i])) == label
-                break
-    return right / len(labels), spent / len(labels)
-
-
-def every_choice(logits: list[Tensor], rule: str, at_most: int | None = None) -> itertools.product:
-    """All combinations of thresholds that tell samples apart (or `at_most` per exit)."""
-    grids: list[list[float | None]] = []
-    for z in logits[:-1]:
-        values = sorted({confidence(row, rule) for row in z.tolist()})
-        if at_most is not None:
-            values = [values[i] for i in np.linspace(0, len(values) - 1, at_most).astype(int)]
-        grids.append([None, *values])
-    return itertools.product(*grids)
 
 
 def brute_force(data: Data, rule: str) -> list[tuple[float, float]]:

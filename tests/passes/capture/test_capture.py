@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from nets import TiedWords
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -138,16 +139,7 @@ def test_keyword_inputs() -> None:
 
 
 def test_tied_parameters_stay_tied() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.head(self.embed(ids).mean(1))
-
-    gm = dc.capture(Tied(), torch.randint(0, 11, (2, 4)))
+    gm = dc.capture(TiedWords(), torch.randint(0, 11, (2, 4)))
     assert gm.embed.weight is gm.head.weight
     assert {"embed.weight", "head.weight"} == set(gm.state_dict())
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from exit_models import CASES, graph
+from cases import CASES, graph
 from torch import Tensor, fx, nn
 
 from dyncompress.passes.capture.capture import capture

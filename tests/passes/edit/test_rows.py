@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from exit_models import CASES, graph
-from gate_models import gated_graph
-from test_settle import Forced
+from cases import CASES, gated_graph, graph
+from dynamic_models import Forced
 from torch import Tensor
 
 import dyncompress as dc

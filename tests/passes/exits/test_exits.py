@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from exit_models import CASES, Vgg, call, graph, graph_with_exits, logits_of, model
+from cases import CASES, call, graph, graph_with_exits, logits_of, model
+from nets import TwoConvs, Vgg
 from torch import Tensor, fx, nn
 
 from dyncompress.errors import RequestError
@@ -28,17 +29,8 @@ def heads(gm: fx.GraphModule) -> list[nn.Module]:
     return list(gm.exits.children())
 
 
-class Tiny(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.mid, self.fc = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.relu(self.mid(torch.relu(self.conv(x)))).mean((2, 3)))
-
-
 def test_the_graph_before_and_after() -> None:
-    gm = capture(Tiny(), torch.randn(1, 1, 8, 8))
+    gm = capture(TwoConvs(), torch.randn(1, 1, 8, 8))
     before = gm.code
     new = InsertExits(1)(gm)
     assert gm.code == before and not exits_of(gm) and not hasattr(gm, "exits")
@@ -223,7 +215,7 @@ def test_gradients_reach_every_head_and_the_trunk() -> None:
 
 
 def test_what_only_other_outputs_need_goes() -> None:
-    class Two(Tiny):
+    class Two(TwoConvs):
         def __init__(self) -> None:
             super().__init__()
             self.other = nn.Conv2d(4, 7, 1)

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exit_models import CASES, call, graph, model
+from cases import CASES, call, graph, model
+from nets import TwoConvs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,19 +81,10 @@ def graph_of_auto(name: str) -> torch.fx.GraphModule:
     return InsertExits(CASES[name].exits)(graph(name)).gm.eval()
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.fc = nn.Conv2d(1, 6, 3, 2), nn.Conv2d(6, 6, 3), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.relu(self.b(F.relu(self.a(x)))).mean((2, 3)))
-
-
 @pytest.mark.parametrize(("kind", "exits"), [("attention", ("relu",)), ("cascade", ("relu", "relu_1"))])
 def test_onnx(kind: str, exits: tuple[str, ...], tmp_path: Path) -> None:
     batch = torch.randn(64, 1, 11, 11)
-    dynamic = DynamicModel(InsertExits(exits, kind)(dc.capture(Small().eval(), batch[:2])).gm.eval())
+    dynamic = DynamicModel(InsertExits(exits, kind)(dc.capture(TwoConvs(6, stride=2).eval(), batch[:2])).gm.eval())
     dynamic.policy = half_leave(dynamic, dynamic.all_logits(batch))
     report = dc.export_onnx(dynamic, tmp_path / "model.onnx", inputs=batch)
     assert min(report.exits) > 0

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from exit_models import CASES, ResNet, call, graph, logits_of, model, rows
-from gate_models import gated, gated_graph
+from cases import CASES, GATED, WITH_BRANCHES, call, gated_graph, graph, logits_of, model, rows
+from dynamic_models import gated
+from nets import ResNet
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,8 +18,6 @@ from dyncompress.passes.gates.read_gates import deciding, graph_gates
 from dyncompress.runtime.predict.dynamic import DynamicModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:the .* gates cost")  # the models are tiny
-WITH_BRANCHES = {"resnet": 4, "channels-last": 3, "vit": 8, "text": 6}
-READABLE = [(n, g) for n in WITH_BRANCHES for g in GATES if g not in ("ff1", "ff2") or n in ("resnet", "channels-last")]
 
 
 @pytest.mark.parametrize(("name", "branches"), WITH_BRANCHES.items())
@@ -28,7 +27,7 @@ def test_every_residual_branch_gets_a_gate(name: str, branches: int) -> None:
     assert DynamicModel(result.gm).gates == list(result.report.gates)
 
 
-@pytest.mark.parametrize(("name", "gate"), READABLE)
+@pytest.mark.parametrize(("name", "gate"), GATED)
 def test_skipping_gives_what_masking_gives(name: str, gate: str) -> None:
     """The graph itself multiplies by zero or one; `predict`, calls and streams compute open branches only."""
     torch.manual_seed(0)  # a batch of which not everybody needs every branch

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from exit_models import CASES, call, graph
-from gate_models import gated_graph
-from test_gates import READABLE
-from torch import Tensor, nn
+from cases import CASES, GATED, call, gated_graph, graph
+from dynamic_models import Forced
 
 import dyncompress as dc
 from dyncompress.passes.exits.insert_exits import InsertExits
@@ -20,19 +18,7 @@ from dyncompress.runtime.predict.dynamic import DynamicModel
 pytestmark = pytest.mark.filterwarnings("ignore:the .* gates cost")  # the models are tiny
 
 
-class Forced(nn.Module):
-    """The gates' own decisions, but for those that are made by hand."""
-
-    def __init__(self, by_hand: dict[int, float]) -> None:
-        super().__init__()
-        self.by_hand = by_hand
-
-    def forward(self, logit: Tensor, k: int) -> Tensor:
-        own = (logit > 0).to(logit.dtype)
-        return torch.full_like(own, self.by_hand[k]) if k in self.by_hand else own
-
-
-@pytest.mark.parametrize(("name", "gate"), READABLE)
+@pytest.mark.parametrize(("name", "gate"), GATED)
 def test_it_answers_as_with_decisions_forced(name: str, gate: str, tmp_path: Path) -> None:
     gm, batch = gated_graph(name, gate), CASES[name].batch(7)
     branches = [gate.branch for gate in gates_of(gm)]

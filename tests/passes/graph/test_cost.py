@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from exit_models import CASES, call, graph, graph_with_exits, model
+from cases import CASES, call, graph, graph_with_exits, model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

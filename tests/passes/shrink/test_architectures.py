@@ -2,11 +2,11 @@
 
 import sys
 import types
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from cases import halved
 
 import dyncompress as dc
 from dyncompress.passes.graph.cost import count_macs
@@ -43,13 +43,7 @@ KINDS = {
 def test_the_real_axes_are_found_and_shrink(name: str) -> None:
     torch.manual_seed(0)
     gm = dc.capture(MODELS[name]().eval(), {"input_ids": torch.randint(3, 120, (2, 9))})
-    axes = dc.infer_axes(gm)
-    assert axes.untyped == {}
-    assert Counter(axis.kind for axis in axes.prunable) == KINDS[name]
-    keep = {a.name: list(range(1, a.size, 2)) for a in axes.prunable if a.kind != "branch"}
-    small = dc.shrink(gm, keep, exact=True)
-    found = dc.verify(gm, small, keep)
-    assert found.ok, str(found)
+    small = halved(gm, KINDS[name])
     assert count_macs(small) < 0.4 * count_macs(gm)
     assert sum(p.numel() for p in small.parameters()) < 0.4 * sum(p.numel() for p in gm.parameters())
 

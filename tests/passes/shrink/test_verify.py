@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import every_second
 from torch import Tensor, nn
 
 import dyncompress as dc
@@ -11,7 +12,7 @@ from dyncompress.model_zoo.zoo import build, example_input
 def case(name: str, exact: bool = True) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule, dict[str, list[int]]]:
     torch.manual_seed(0)
     gm = dc.capture(build(name).eval(), example_input(name))
-    keep = {a.name: list(range(0, a.size, 2)) for a in dc.infer_axes(gm).prunable if a.kind != "branch"}
+    keep = every_second(gm)
     return gm, dc.shrink(gm, keep, exact=exact), keep
 
 

@@ -1,6 +1,5 @@
 """Skip gates in ONNX files: what `predict` answers, and proof that a closed branch does not run there."""
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-from exit_models import CASES, call, rows
-from gate_models import gated, gated_graph
+from cases import CASES, call, gated_graph, rows
+from dynamic_models import gated
+from onnx_files import convolutions, run, session
 from torch import Tensor
 
 from dyncompress.errors import DynCompressError
@@ -60,21 +59,6 @@ def file_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
     return export
 
 
-def session(path: Path, profile: Path | None = None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def run(made: onnxruntime.InferenceSession, batch: Any, **thresholds: float) -> dict[str, np.ndarray]:
-    tensors = list(batch.values()) if isinstance(batch, dict) else [batch]
-    feed = {i.name: t.numpy() for i, t in zip(made.get_inputs(), tensors, strict=True)}
-    feed |= {name: np.array(value, np.float32) for name, value in thresholds.items()}
-    return dict(zip((o.name for o in made.get_outputs()), made.run(None, feed), strict=True))
-
-
 def same_answers(got: dict[str, np.ndarray], wanted: Any) -> None:
     np.testing.assert_array_equal(got["exit_index"], wanted.exit_index)
     np.testing.assert_array_equal(got["gates"], wanted.gates)
@@ -120,15 +104,11 @@ def test_any_length_runs(file_of: Any) -> None:
 
 def rows_by_branch(path: Path, batch: Tensor, folder: Path) -> dict[int, set[int]]:
     """The batch sizes that the convolutions of each branch saw in one run."""
-    made = session(path, folder / "profile")
-    run(made, batch)
     seen: dict[int, set[int]] = {}
-    for event in json.loads(Path(made.end_profiling()).read_text()):
-        if event["name"].endswith("_kernel_time") and event["args"]["op_name"] in {"Conv", "FusedConv"}:
-            branch = [part for part in event["name"].split("/") if part.startswith("branch_")]
-            shape = next(iter(event["args"]["input_type_shape"][0].values()))
-            for part in branch:
-                seen.setdefault(int(part.removeprefix("branch_")), set()).add(shape[0])
+    for parts, size in convolutions(path, batch, folder):
+        for part in parts:
+            if part.startswith("branch_"):
+                seen.setdefault(int(part.removeprefix("branch_")), set()).add(size)
     return seen
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
-from exit_models import CASES, call, graph, graph_with_exits
-from test_dynamic import dynamic
+from cases import CASES, call, graph, graph_with_exits
+from dynamic_models import spread
+from onnx_files import run, session
 from torch import Tensor, nn
 
 from dyncompress.errors import RequestError
@@ -17,19 +17,6 @@ from dyncompress.passes.exits.insert_exits import InsertExits
 from dyncompress.runtime.onnx.export import export_onnx
 from dyncompress.runtime.predict.dynamic import DynamicModel
 from dyncompress.runtime.predict.policy import ExitPolicy
-
-
-def session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def run(made: onnxruntime.InferenceSession, batch: Any, thresholds: dict[str, float]) -> dict[str, np.ndarray]:
-    tensors = list(batch.values()) if isinstance(batch, dict) else list(batch)
-    feed = {i.name: t.numpy() for i, t in zip(made.get_inputs(), tensors, strict=True)}
-    feed |= {name: np.array(value, np.float32) for name, value in thresholds.items()}
-    return dict(zip((o.name for o in made.get_outputs()), made.run(None, feed), strict=True))
 
 
 def between(model: DynamicModel, policy: ExitPolicy, batch: Any, share: float) -> tuple[float, ...]:
@@ -49,7 +36,7 @@ def between(model: DynamicModel, policy: ExitPolicy, batch: Any, share: float) -
 )
 def test_thresholds_can_be_changed_in_the_file(name: str, rule: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, batch = dynamic(name), CASES[name].batch(40)
+    model, batch = spread(name), CASES[name].batch(40)
     if rule == "patience":
         choices: list[tuple[float, ...]] = [(1.0, 1.0), (1.0, 2.0)]
     else:
@@ -62,12 +49,12 @@ def test_thresholds_can_be_changed_in_the_file(name: str, rule: str, tmp_path: P
     for thresholds in choices:
         wanted = call(model.with_policy(ExitPolicy(rule, thresholds)).predict, batch)
         settings = {} if thresholds == choices[0] else {f"threshold_{k}": t for k, t in enumerate(thresholds)}
-        got = run(made, batch, settings)
+        got = run(made, batch, **settings)
         assert got["exit_index"].tolist() == wanted.exit_index.tolist()
         np.testing.assert_allclose(got["logits"], wanted.logits.numpy(), rtol=1e-4, atol=1e-5)
         exits.add(tuple(got["exit_index"].tolist()))
     assert len(exits) == len(choices)
-    one = run(made, batch, {"threshold_1": choices[1][1]})["exit_index"].tolist()  # the others keep their default
+    one = run(made, batch, threshold_1=choices[1][1])["exit_index"].tolist()  # the others keep their default
     assert (
         one
         == call(model.with_policy(ExitPolicy(rule, (choices[0][0], choices[1][1]))).predict, batch).exit_index.tolist()
@@ -75,7 +62,7 @@ def test_thresholds_can_be_changed_in_the_file(name: str, rule: str, tmp_path: P
 
 
 def test_exits_that_are_off_have_no_threshold(tmp_path: Path) -> None:
-    model = dynamic("two-inputs").with_policy(ExitPolicy("max-softmax", (None, 0.5)))
+    model = spread("two-inputs").with_policy(ExitPolicy("max-softmax", (None, 0.5)))
     assert export_onnx(model, tmp_path / "a.onnx", tunable=True).inputs == ["x", "late", "threshold_1"]
     assert export_onnx(model, tmp_path / "b.onnx").inputs == ["x", "late"]
 

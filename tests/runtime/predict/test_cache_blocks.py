@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from exit_models import CASES, call, graph, rows
-from gate_models import gated, gated_graph
+from cases import CASES, call, gated_graph, graph, rows
+from dynamic_models import gated
 
 from dyncompress.passes.exits.insert_exits import InsertExits
 from dyncompress.passes.graph.meta import inputs_of

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from exit_models import CASES, call
-from test_dynamic import dynamic, policy_for
+from cases import CASES, call
+from dynamic_models import policy_for, spread
 from torch import fx
 
 from dyncompress.passes.graph.copying import deep_copy
@@ -16,7 +16,7 @@ from dyncompress.runtime.predict.policy import ExitPolicy
 @pytest.mark.parametrize("name", ["two-inputs", "text"])
 def test_compiled_stages_answer_alike_at_any_batch_size(name: str) -> None:
     torch.manual_seed(0)
-    made, compiled = dynamic(name), []
+    made, compiled = spread(name), []
     nobody_leaves = ExitPolicy("max-softmax", (1.0,) * CASES[name].exits)
     half_leave = policy_for(made, CASES[name].batch(40), "max-softmax", CASES[name].exits)
 

@@ -1,17 +1,15 @@
 """The dynamic model against a plain loop over every exit's logits, and proof that skipped work is skipped."""
 
-import json
-import math
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from exit_models import CASES, call, graph, graph_with_exits, logits_of, model, rows
+from cases import CASES, call, graph, graph_with_exits, logits_of, model, rows
+from dynamic_models import policy_for, rows_seen, spread
+from played import exits_of
 from torch import nn
 
 from dyncompress.errors import RequestError
@@ -29,96 +27,24 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def dynamic(name: str) -> DynamicModel:
-    """A dynamic model of its own, in evaluation mode, its heads' answers spread out."""
-    made = DynamicModel(deep_copy(graph_with_exits(name))).eval()
-    for head in made.trunk.exits.children():
-        head.linear.weight.data *= 4
-    return made
-
-
-def softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max())
-    return e / e.sum()
-
-
-def leaves(rule: str, threshold: float | None, temperature: float, z: np.ndarray) -> bool:
-    if threshold is None:
-        return False
-    p = softmax(z.astype(np.float64) / temperature)
-    if rule == "max-softmax":
-        return bool(p.max() >= threshold)
-    return bool(-(p * np.log(p)).sum() / np.log(len(p)) <= threshold)
-
-
-def by_hand(logits: list[np.ndarray], policy: ExitPolicy) -> list[int]:
-    """The exit of each sample, one sample and one exit at a time."""
-    chosen = []
-    for i in range(len(logits[0])):
-        at = len(logits) - 1
-        for k in range(len(logits) - 1):
-            if leaves(policy.rule, policy.thresholds[k], policy.temperatures[k], logits[k][i]):
-                at = k
-                break
-        chosen.append(at)
-    return chosen
-
-
-def policy_for(made: DynamicModel, batch: Any, rule: str, exits: int) -> ExitPolicy:
-    """Thresholds, each well between two samples' scores, that let half of those still there leave at each exit; the
-    last one stays."""
-    temperatures = tuple(1.0 + 0.5 * k for k in range(exits))
-    thresholds = []
-    logits = [z.double().numpy() for z in call(made.all_logits, batch)]
-    there = np.ones(len(logits[0]), dtype=bool)
-    for z, t in zip(logits, temperatures, strict=False):
-        p = np.array([softmax(row) for row in z / t])
-        sure = p.max(1) if rule == "max-softmax" else -(p * np.log(p)).sum(1) / math.log(p.shape[1])
-        scores = np.sort(sure[there])
-        if len(scores) == 1:
-            scores = np.array([scores[0], 1.0] if rule == "max-softmax" else [0.0, scores[0]])
-        middle = len(scores) // 2
-        thresholds.append(float((scores[middle - 1] + scores[middle]) / 2))
-        there &= ~(sure >= thresholds[-1] if rule == "max-softmax" else sure <= thresholds[-1])
-    return ExitPolicy(rule, tuple(thresholds), temperatures)
-
-
-@contextmanager
-def rows_seen(made: DynamicModel, paths: list[str]) -> Iterator[dict[str, list[int]]]:
-    """Notes with how many samples each of these modules of the trunk is called."""
-    seen: dict[str, list[int]] = {path: [] for path in paths}
-    hooks = [
-        made.trunk.get_submodule(path).register_forward_pre_hook(
-            lambda _, inputs, path=path: seen[path].append(len(inputs[0]))
-        )
-        for path in paths
-    ]
-    yield seen
-    for hook in hooks:
-        hook.remove()
-
-
-# --- answers -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("rule", ["max-softmax", "entropy"])
 def test_predict_is_a_plain_loop_over_the_exits(name: str, rule: str) -> None:
-    made, batch, n = dynamic(name), CASES[name].batch(23), 23
+    made, batch, n = spread(name), CASES[name].batch(23), 23
     made.policy = policy_for(made, batch, rule, CASES[name].exits)
-    logits = [z.numpy() for z in call(made.all_logits, batch)]
-    wanted = by_hand(logits, made.policy)
+    logits = call(made.all_logits, batch)
+    wanted = exits_of(made.policy, logits)
     found = call(made.predict, batch)
     assert found.exit_index.tolist() == wanted and len(set(wanted)) == CASES[name].exits + 1
     assert found.logits.dtype == torch.float32 and not found.logits.requires_grad
-    answers = np.stack([logits[k][i] for i, k in enumerate(wanted)])
+    answers = np.stack([logits[k][i].numpy() for i, k in enumerate(wanted)])
     np.testing.assert_allclose(found.logits.numpy(), answers, rtol=1e-4, atol=1e-5)
     assert found.macs.tolist() == [made.exit_macs[k] for k in wanted] and found.macs.shape == (n,)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_with_every_exit_off_it_is_the_static_model(name: str) -> None:
-    made, batch = dynamic(name), CASES[name].batch(6)
+    made, batch = spread(name), CASES[name].batch(6)
     with torch.no_grad():
         wanted = logits_of(call(graph(name), batch))
     found = call(made.predict, batch)
@@ -133,7 +59,7 @@ def test_with_every_exit_off_it_is_the_static_model(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("n", [1, 2, 60])
 def test_any_batch_size(name: str, n: int) -> None:
-    made, batch = dynamic(name), CASES[name].batch(n)
+    made, batch = spread(name), CASES[name].batch(n)
     made.policy = ExitPolicy("max-softmax", (0.6,) * CASES[name].exits)
     whole = call(made.predict, batch)
     for i in range(0, n, 7):
@@ -144,7 +70,7 @@ def test_any_batch_size(name: str, n: int) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_samples(name: str) -> None:
-    made = dynamic(name)
+    made = spread(name)
     classes = made.num_classes
     found = call(made.predict, rows(CASES[name].batch(2), slice(0, 0)))
     assert found.logits.shape == (0, classes) and found.exit_index.shape == found.macs.shape == (0,)
@@ -155,17 +81,14 @@ def test_no_samples(name: str) -> None:
 
 
 def test_other_sequence_lengths() -> None:
-    made = dynamic("text")
+    made = spread("text")
     lengths = torch.randint(1, 12, (9, 1))
     batch = {"input_ids": torch.randint(0, 50, (9, 11)), "attention_mask": (torch.arange(11) < lengths).long()}
     made.policy = policy_for(made, batch, "max-softmax", 2)
-    logits = [z.numpy() for z in made.all_logits(**batch)]
+    logits = made.all_logits(**batch)
     found = made.predict(**batch)
-    assert found.exit_index.tolist() == by_hand(logits, made.policy)
+    assert found.exit_index.tolist() == exits_of(made.policy, logits)
     np.testing.assert_allclose(logits[-1], model("text")(**batch)["logits"].detach().numpy(), rtol=1e-4, atol=1e-5)
-
-
-# --- work --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,7 +101,7 @@ def test_other_sequence_lengths() -> None:
     ],
 )
 def test_only_undecided_samples_run_on(name: str, in_each_stage: list[str]) -> None:
-    made, batch, n, k = dynamic(name), CASES[name].batch(40), 40, CASES[name].exits
+    made, batch, n, k = spread(name), CASES[name].batch(40), 40, CASES[name].exits
     made.policy = policy_for(made, batch, "max-softmax", k)
     heads = [f"exits.{i}" for i in range(k)]
     with rows_seen(made, in_each_stage + heads) as seen:
@@ -190,7 +113,7 @@ def test_only_undecided_samples_run_on(name: str, in_each_stage: list[str]) -> N
 
 
 def test_nothing_runs_once_everybody_has_left() -> None:
-    made = dynamic("resnet").with_policy(ExitPolicy("max-softmax", (None, 0.0, 0.5)))
+    made = spread("resnet").with_policy(ExitPolicy("max-softmax", (None, 0.0, 0.5)))
     with rows_seen(made, ["blocks.1.c1", "blocks.2.c1", "blocks.3.c1", "exits.0", "exits.1", "exits.2", "fc"]) as seen:
         found = made.predict(CASES["resnet"].batch(5))
     assert seen["blocks.1.c1"] == seen["exits.1"] == [5]
@@ -199,7 +122,7 @@ def test_nothing_runs_once_everybody_has_left() -> None:
 
 
 def test_evaluation_computes_no_head_and_training_every_one() -> None:
-    made, batch = dynamic("vit"), CASES["vit"].batch(3)
+    made, batch = spread("vit"), CASES["vit"].batch(3)
     heads = ["exits.0", "exits.1", "exits.2"]
     with rows_seen(made, heads) as seen:
         made(batch)
@@ -208,11 +131,8 @@ def test_evaluation_computes_no_head_and_training_every_one() -> None:
     assert list(seen.values()) == [[3], [3], [3]] and len(outputs) == 4
 
 
-# --- the model as a module ---------------------------------------------------------------------------------------
-
-
 def test_predict_leaves_every_mode_as_it_was() -> None:
-    made, batch = dynamic("resnet"), CASES["resnet"].batch(4)
+    made, batch = spread("resnet"), CASES["resnet"].batch(4)
     wanted = made.predict(batch).logits
     made.train()
     made.trunk.get_submodule("stem.1").eval()
@@ -225,7 +145,7 @@ def test_predict_leaves_every_mode_as_it_was() -> None:
 
 
 def test_what_happens_to_the_trunk_shows_at_once() -> None:
-    made, batch = dynamic("vit"), CASES["vit"].batch(5)
+    made, batch = spread("vit"), CASES["vit"].batch(5)
     policy = policy_for(made, batch, "max-softmax", 3)
     made.policy = policy
     single = made.predict(batch)
@@ -241,7 +161,7 @@ def test_what_happens_to_the_trunk_shows_at_once() -> None:
 
 
 def test_parameters_are_held_once() -> None:
-    made = dynamic("resnet")
+    made = spread("resnet")
     heads = sum(p.numel() for p in made.trunk.exits.parameters())
     assert sum(p.numel() for p in made.parameters()) == sum(p.numel() for p in model("resnet").parameters()) + heads
     assert list(made.state_dict()) == [f"trunk.{k}" for k in made.trunk.state_dict()]
@@ -251,7 +171,7 @@ def test_parameters_are_held_once() -> None:
 
 
 def test_copies_are_independent() -> None:
-    made, batch = dynamic("lstm"), CASES["lstm"].batch(6)
+    made, batch = spread("lstm"), CASES["lstm"].batch(6)
     made.policy = policy_for(made, batch, "entropy", 2)
     copied = deep_copy(made)
     wanted, found = made.predict(batch), copied.predict(batch)
@@ -263,7 +183,7 @@ def test_copies_are_independent() -> None:
 
 
 def test_policies_share_the_model() -> None:
-    made = dynamic("resnet")
+    made = spread("resnet")
     all_leave = made.with_policy(ExitPolicy("max-softmax", (0.0, None, None)))
     batch = CASES["resnet"].batch(3)
     assert all_leave.predict(batch).exit_index.tolist() == [0, 0, 0]
@@ -272,7 +192,7 @@ def test_policies_share_the_model() -> None:
 
 
 def test_macs() -> None:
-    made = dynamic("resnet")
+    made = spread("resnet")
     stages = split_stages(made.trunk)
     heads = [h.linear.weight.numel() for h in made.trunk.exits.children()]
     assert [s.head_macs for s in stages] == [*heads, 0]
@@ -311,11 +231,8 @@ def test_names_of_the_users_own_do_not_clash() -> None:
     assert made.with_policy(ExitPolicy("entropy", (1.0,))).predict(x).exit_index.tolist() == [0] * 4
 
 
-# --- inputs ------------------------------------------------------------------------------------------------------
-
-
 def test_inputs_by_position_or_by_name() -> None:
-    made, batch = dynamic("text"), CASES["text"].batch(4)
+    made, batch = spread("text"), CASES["text"].batch(4)
     wanted = made.predict(**batch).logits
     ids, mask = batch["input_ids"], batch["attention_mask"]
     for found in (made.predict(ids, mask), made.predict(attention_mask=mask, input_ids=ids)):
@@ -353,48 +270,6 @@ def test_inputs_of_different_batches() -> None:
         made.predict(torch.randn(3, 12), torch.randn(2))
 
 
-# --- policies ----------------------------------------------------------------------------------------------------
-
-
-def test_policy_round_trip() -> None:
-    policy = ExitPolicy("entropy", (0.1, None, math.inf), (1.0, 2.0, 0.5))
-    assert policy.thresholds == (0.1, None, None) and not policy.is_on(2)
-    assert ExitPolicy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
-    assert ExitPolicy("max-softmax", (0.5, 0.5)).temperatures == (1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("guess", (0.5,)), "unknown exit rule 'guess'; the rules are: max-softmax, entropy"),
-        (("entropy", (1.5,)), r"threshold 1.5 of exit 0 is not in \[0, 1\]; None switches it off"),
-        (("entropy", (0.1, math.nan)), "threshold nan of exit 1"),
-        (("entropy", (0.5,), (1.0, 2.0)), "1 thresholds but 2 temperatures"),
-        (("entropy", (0.5,), (0.0,)), "temperature 0.0 of exit 0 is not a positive number"),
-    ],
-)
-def test_wrong_policies(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        ExitPolicy(*arguments)
-
-
-def test_a_policy_for_another_model() -> None:
-    with pytest.raises(RequestError, match="the policy has 1 thresholds, the model 3 early exits"):
-        DynamicModel(graph_with_exits("resnet"), ExitPolicy("entropy", (0.5,)))
-    with pytest.raises(RequestError, match="the exit policy lacks temperatures"):
-        ExitPolicy.from_dict({"rule": "entropy", "thresholds": []})
-
-
-def test_rules_by_hand() -> None:
-    z = torch.tensor([[math.log(2.0), 0.0, 0.0], [0.0, 0.0, 0.0], [50.0, 0.0, 0.0]])  # p: (.5 .25 .25), uniform, sure
-    assert ExitPolicy("max-softmax", (0.49,)).decide(0, z)[0].tolist() == [True, False, True]
-    assert ExitPolicy("max-softmax", (0.49,), (2.0,)).decide(0, z)[0].tolist() == [False, False, True]
-    share = 1.5 * math.log(2) / math.log(3)
-    assert ExitPolicy("entropy", (share + 1e-6,)).decide(0, z)[0].tolist() == [True, False, True]
-    assert ExitPolicy("entropy", (share - 1e-6,)).decide(0, z)[0].tolist() == [False, False, True]
-    assert not ExitPolicy("entropy", (None,)).decide(0, z)[0].any()
-
-
 def test_graphs_without_exits_are_refused() -> None:
     with pytest.raises(RequestError, match="run InsertExits on it first"):
         DynamicModel(graph("resnet"))
@@ -409,7 +284,7 @@ def test_an_exit_that_can_no_longer_be_cut() -> None:
 
 
 def test_a_prediction_is_not_overwritten_by_the_next() -> None:
-    made, batch = dynamic("resnet"), CASES["resnet"].batch(8)
+    made, batch = spread("resnet"), CASES["resnet"].batch(8)
     made.policy = policy_for(made, batch, "max-softmax", 3)
     first = made.predict(batch)
     kept = first.logits.clone()

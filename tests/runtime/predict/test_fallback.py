@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
-from exit_models import CASES, TwoInputs, call
-from test_policy import WEIGHTS, dynamic
+from cases import CASES, call
+from dynamic_models import leaning
+from nets import TwoInputs
+from onnx_files import run
+from played import WEIGHTS
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -65,7 +67,7 @@ def wanted(policy: ExitPolicy, logits: tuple[Tensor, ...]) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_predictions_streams_and_files(name: str, tmp_path: Path) -> None:
     policy = POLICIES[name]
-    model, batch = dynamic("resnet", policy), CASES["resnet"].batch(60)
+    model, batch = leaning("resnet", policy), CASES["resnet"].batch(60)
     at, logits = wanted(policy, model.all_logits(batch))
     assert 0 < int((at == 3).sum()) < 60
     out = model.predict(batch)
@@ -85,21 +87,19 @@ def test_predictions_streams_and_files(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "tunable"), [("max-softmax", True), ("patience", False)])
 def test_onnx(name: str, tunable: bool, tmp_path: Path) -> None:
     policy = POLICIES[name]
-    model, batch = dynamic("two-inputs", policy_for_two(policy)), CASES["two-inputs"].batch(80)
+    model, batch = leaning("two-inputs", policy_for_two(policy)), CASES["two-inputs"].batch(80)
     export_onnx(model, tmp_path / "a.onnx", tunable=tunable)
-    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
-    feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), batch, strict=True)}
-    got = dict(zip(("logits", "exit_index", "macs"), session.run(None, feed), strict=True))
+    got = run(tmp_path / "a.onnx", batch)
     at, logits = wanted(model.policy, call(model.all_logits, batch))
     assert 0 < int((at == 2).sum()) < 80
     assert got["exit_index"].tolist() == at.tolist()
     np.testing.assert_allclose(got["logits"], logits.numpy(), rtol=1e-3, atol=1e-5)
     if tunable:
-        nobody = {f"threshold_{k}": np.array(1, np.float32) for k in range(2)}
         logits = wanted(
             ExitPolicy("max-softmax", (1.0, 1.0), model.policy.temperatures, **SURE), call(model.all_logits, batch)
         )[1]
-        np.testing.assert_allclose(session.run(None, {**feed, **nobody})[0], logits.numpy(), rtol=1e-3, atol=1e-5)
+        nobody = run(tmp_path / "a.onnx", batch, threshold_0=1, threshold_1=1)
+        np.testing.assert_allclose(nobody["logits"], logits.numpy(), rtol=1e-3, atol=1e-5)
 
 
 def policy_for_two(policy: ExitPolicy) -> ExitPolicy:
@@ -110,7 +110,7 @@ def policy_for_two(policy: ExitPolicy) -> ExitPolicy:
 
 def test_who_is_cut_off_by_a_deadline_gets_the_ensemble_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = ExitPolicy("max-softmax", (1.0, 1.0), (1.0, 2.0), **SURE)
-    model, batch = dynamic("two-inputs", policy), CASES["two-inputs"].batch(9)
+    model, batch = leaning("two-inputs", policy), CASES["two-inputs"].batch(9)
     logits = call(model.all_logits, batch)
     out = model.predict(*batch, deadline_ms=1e6)
     torch.testing.assert_close(out.logits, wanted(policy, logits)[1], rtol=1e-4, atol=1e-5)
@@ -159,7 +159,7 @@ def test_candidates_know_the_ensemble() -> None:
 
 
 def test_the_chosen_policy_does_what_is_reported() -> None:
-    model = dynamic("two-inputs", ExitPolicy.never(2))
+    model = leaning("two-inputs", ExitPolicy.never(2))
     x, late = CASES["two-inputs"].batch(200)
     labels = call(model.all_logits, (x, late))[1].argmax(-1)
     data = TensorDataset(x, late, labels)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from exit_models import CASES, call
-from gate_models import gated, gated_graph
+from cases import CASES, call, gated_graph
+from dynamic_models import gated
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from exit_models import CASES, call, graph, rows
-from test_dynamic import dynamic, policy_for, rows_seen
+from cases import CASES, call, graph, rows
+from dynamic_models import policy_for, rows_seen, spread
 from torch import Tensor, nn
 
 from dyncompress.errors import RequestError
@@ -30,7 +30,7 @@ def _seed() -> None:
 
 def half_leave(name: str) -> DynamicModel:
     """A model at whose exits about half of the samples there leave."""
-    made = dynamic(name)
+    made = spread(name)
     made.policy = policy_for(made, CASES[name].batch(40), "max-softmax", CASES[name].exits)
     return made
 
@@ -66,7 +66,7 @@ def test_a_stream_answers_as_predict_does(name: str, max_wait_ms: float | None) 
 
 @pytest.mark.parametrize("rule", ["patience", "learned"])
 def test_rules_with_memory_remember_each_sample(rule: str) -> None:
-    made, thresholds, weights = dynamic("text"), (1.0, 1.0), ()
+    made, thresholds, weights = spread("text"), (1.0, 1.0), ()
     if rule == "learned":  # only agreement counts: 1/2 without, .73 with one
         thresholds, weights = (0.7, 0.7), ((0.0, 0.0, 0.0, 2.0, 0.0),) * 2
     made.policy = ExitPolicy(rule, thresholds, (), weights)
@@ -147,7 +147,7 @@ def test_answers_come_before_the_stream_ends() -> None:
 
 def test_nobody_waits_longer_for_others_than_asked() -> None:
     """The source gives one sample that runs to the end, and nothing more until it is answered."""
-    made, answered = dynamic("resnet"), threading.Event()
+    made, answered = spread("resnet"), threading.Event()
     made.policy = ExitPolicy("max-softmax", (1.0, 1.0, 1.0))
     x = CASES["resnet"].batch(3)
 
@@ -166,7 +166,7 @@ def test_nobody_waits_longer_for_others_than_asked() -> None:
 
 def test_those_who_wait_too_long_take_the_others_along() -> None:
     """A first sample that stays is overtaken by none: later ones, too few to fill a stage, leave with it."""
-    made, paths = dynamic("resnet"), ["blocks.1.c1"]
+    made, paths = spread("resnet"), ["blocks.1.c1"]
     made.policy = ExitPolicy("max-softmax", (1.0, None, None))
     with rows_seen(made, paths) as seen:
         stream = made.predict_stream(iter(CASES["resnet"].batch(6).split(2)), max_batch=4, max_wait_ms=200)
@@ -224,7 +224,7 @@ def test_a_stream_that_is_dropped_stops_reading() -> None:
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        dynamic("resnet").predict_stream([], **options)
+        spread("resnet").predict_stream([], **options)
 
 
 # --- threads -----------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def together(*work: Callable[[], None]) -> None:
 
 def test_threads_share_a_model() -> None:
     """Eight of them with policies and inputs of their own, all at once, on a model whose stages nobody derived yet."""
-    made = dynamic("resnet")
+    made = spread("resnet")
     inputs = [CASES["resnet"].batch(2 + i) for i in range(8)]
     policies = [policy_for(made, CASES["resnet"].batch(20), "max-softmax", 3) for _ in inputs]
     wanted = [made.with_policy(policy).predict(x) for policy, x in zip(policies, inputs, strict=True)]
@@ -256,7 +256,7 @@ def test_threads_share_a_model() -> None:
 
 
 def test_a_thread_that_is_done_leaves_the_others_in_evaluation_mode() -> None:
-    made, x = dynamic("resnet").train(), CASES["resnet"].batch(4)
+    made, x = spread("resnet").train(), CASES["resnet"].batch(4)
     wanted, statistics = made.predict(x).logits, made.trunk.get_submodule("blocks.3.b1").running_mean.clone()
     first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
     names = {}

@@ -1,39 +1,16 @@
-"""Texts and CIFAR-10's binary files: what is read, how words are numbered, and one line for every mistake."""
+"""Texts: what is read, how words are numbered, and one line for every mistake."""
 
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from data import PUBLIC, refusal, write
 from torch.utils.data import DataLoader
 
-from dyncompress.errors import RequestError
 from dyncompress.model_zoo import load_data
-
-SHARED = Path(__file__).parents[2] / "../shared/data"
-
-
-def write(folder: Path, **files: str | bytes) -> str:
-    """The SOURCE of a folder with these files; two underscores in a name are a dot."""
-    for name, content in files.items():
-        path = folder / name.replace("__", ".")
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return f"text:{folder}"
-
-
-def refusal(source: str) -> str:
-    """The message of the one-line RequestError that this source must give."""
-    with pytest.raises(RequestError) as caught:
-        load_data(source)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-# --- running text ---------------------------------------------------------------------------------------------------
 
 CORPUS = {"train": "a b a\n\n b <unk> a\nc a b a a\n", "valid": "b zz a b\n a b\n", "test": "a b c a <unk> yy\n"}
 
@@ -90,8 +67,6 @@ def test_mistakes_in_a_folder(tmp_path: Path) -> None:
     assert "train.txt, train.tsv" in refusal(source)
 
 
-# --- sentences ------------------------------------------------------------------------------------------------------
-
 ROWS = [("It's good, good!", "pos"), ("bad", "neg"), ("GOOD film", "pos"), ("a bad, bad film", "neg")] * 5
 
 
@@ -146,9 +121,6 @@ def test_mistakes_in_sentences(tmp_path: Path, files: dict[str, str | bytes], me
     assert message in refusal(write(tmp_path, **{f"{name}__tsv": text for name, text in files.items()}))
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
 def squad(contexts: list[str], question: str = "Where is it?", answer: str = "Old Town", **changed: Any) -> str:
     """One article for each context."""
 
@@ -201,11 +173,8 @@ def test_mistakes_in_readings(tmp_path: Path, text: str, message: str) -> None:
     assert message in refusal(write(tmp_path, train__json=text) + "?length=3")
 
 
-# --- the public files -----------------------------------------------------------------------------------------------
-
-
 def test_wikitext_has_its_published_size() -> None:
-    folder = SHARED / "wikitext2"
+    folder = PUBLIC / "wikitext2"
     if not folder.is_dir():
         pytest.skip("the data sets are not here")
     splits = load_data(f"text:{folder}?length=1")
@@ -213,31 +182,9 @@ def test_wikitext_has_its_published_size() -> None:
 
 
 def test_sst2_and_xquad_are_read_whole() -> None:
-    if not SHARED.is_dir():
+    if not PUBLIC.is_dir():
         pytest.skip("the data sets are not here")
-    splits = load_data(f"text:{SHARED / 'sst2'}")
+    splits = load_data(f"text:{PUBLIC / 'sst2'}")
     assert [len(data) for _, data in splits.items()] == [6920, 872, 1821]
-    splits = load_data(f"text:{SHARED / 'xquad' / 'xquad.en.json'}")
+    splits = load_data(f"text:{PUBLIC / 'xquad' / 'xquad.en.json'}")
     assert sum(len(data) for _, data in splits.items()) == 1190
-
-
-# --- CIFAR-10 -------------------------------------------------------------------------------------------------------
-
-
-def test_cifar10_is_read_plane_by_plane(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)
-    labels = np.arange(24, dtype=np.uint8) % 10
-    records = np.concatenate((labels[:, None], images.reshape(24, -1)), axis=1)
-    write(tmp_path, data_batch_1__bin=records[:10].tobytes(), data_batch_2__bin=records[10:20].tobytes())
-    write(tmp_path, test_batch__bin=records[20:].tobytes())
-    splits = load_data(f"cifar10:{tmp_path}")
-    assert splits.classes == 10 and len(splits.train) + len(splits.calibration) == 20
-    for row, (x, y) in enumerate(splits.test, start=20):
-        assert torch.equal(x, torch.from_numpy(images[row]) / 255) and y == labels[row]
-
-
-def test_mistakes_in_cifar10(tmp_path: Path) -> None:
-    source = f"cifar10:{tmp_path}"
-    assert "no data_batch_1.bin or test_batch.bin" in refusal(source)
-    write(tmp_path, data_batch_1__bin=bytes(3073), test_batch__bin=bytes(3000))
-    assert "test_batch.bin has 3000 bytes, not a multiple of 3073" in refusal(source)

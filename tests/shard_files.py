@@ -1,14 +1,15 @@
-"""A small language model with what large checkpoints have, and checkpoints of it written in shards."""
+"""Checkpoints of a language model, written in shards."""
 
 import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from nets import LanguageModel
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 import dyncompress as dc
 
@@ -16,48 +17,13 @@ INDEX = "model.safetensors.index.json"
 TOKENS = {"tokens": torch.arange(24).reshape(2, 12) % 40}
 
 
-class Layer(nn.Module):
-    """Attention and a gated MLP, each behind a norm and around a residual connection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(32), nn.RMSNorm(32)
-        self.qkv, self.out = nn.Linear(32, 3 * 32, bias=False), nn.Linear(32, 32, bias=False)
-        self.gate, self.up, self.down = (nn.Linear(*size, bias=False) for size in ((32, 72), (32, 72), (72, 32)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-class Tiny(nn.Module):
-    """Token ids (B, T) to logits (B, T, 40). The scale is computed, and in no checkpoint."""
-
-    def __init__(self, tied: bool = False) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(40, 32), nn.Linear(32, 40, bias=False)
-        self.layers, self.norm = nn.ModuleList(Layer() for _ in range(2)), nn.LayerNorm(32)
-        if tied:
-            self.head.weight = self.embed.weight
-        self.register_buffer("scale", torch.linspace(0.5, 1.5, 32), persistent=False)
-        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) * self.scale + self.steps
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x))
-
-
-def trained(tied: bool = False, dtype: torch.dtype = torch.float32) -> Tiny:
+def trained(tied: bool = False, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A model with weights of its own; the buffers too."""
     torch.manual_seed(1)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = Tiny(tied).eval()
+        model = LanguageModel(tied).eval()
     finally:
         torch.set_default_dtype(before)
     model.steps.fill_(3)
@@ -88,7 +54,7 @@ def state(model: nn.Module, *without: str) -> dict[str, Tensor]:
 @cache
 def empty(tied: bool = False, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
     """The captured model without its parameters."""
-    return dc.capture_empty(lambda: Tiny(tied).eval(), TOKENS, dtype=dtype)
+    return dc.capture_empty(lambda: LanguageModel(tied).eval(), TOKENS, dtype=dtype)
 
 
 @cache
@@ -105,6 +71,11 @@ def some(gm: fx.GraphModule) -> dict[str, list[int]]:
         axis.name: torch.randperm(axis.size, generator=generator)[: max(1, axis.size * 5 // 8)].sort().values.tolist()
         for axis in widths
     }
+
+
+def shrink(gm: fx.GraphModule, source: Path, out: Path, **options: Any) -> Path:
+    """Shrinks a checkpoint to `some` of it, in shards so small that there are several."""
+    return dc.shrink_checkpoint(gm, some(gm), source, out, **({"progress": False, "max_shard_bytes": 9000} | options))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,16 +1,10 @@
-"""Small models of every kind an exit can go into, shared by the tests of cuts, exits, stages and the dynamic model."""
+"""The networks that tests share: small ones of every kind the passes know."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-
-from dyncompress.passes.capture.capture import capture
-from dyncompress.passes.exits.insert_exits import InsertExits
+from torch import Tensor, nn
 
 
 class Residual(nn.Module):
@@ -158,73 +152,161 @@ class TwoInputs(nn.Module):
         return self.fc(x * late.unsqueeze(1))
 
 
-def _text_batch(n: int) -> dict[str, Tensor]:
-    lengths = torch.randint(1, 8, (n, 1))
-    return {"input_ids": torch.randint(0, 50, (n, 7)), "attention_mask": (torch.arange(7) < lengths).long()}
+class ConvNet(nn.Module):
+    """Images (B, 1, H, W) in 3 classes: convolutions, each with a batch norm, and a mean over the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = ((1, 8), (8, 16), (16, 16))
+        self.layers = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in widths)
+        )
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layers(x).mean((2, 3)))
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model, how to make a batch of n samples for it, and how many exits the tests put in."""
+class OneConv(nn.Module):
+    """Images (B, 1, H, W): one convolution, whose batch norm counts its batches in whole numbers."""
 
-    kind: type[nn.Module]
-    batch: Callable[[int], Any]
-    exits: int
+    def __init__(self, width: int = 4, classes: int = 3) -> None:
+        super().__init__()
+        self.stem, self.norm, self.fc = nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Linear(width, classes)
 
-
-CASES = {
-    "resnet": Case(ResNet, lambda n: torch.randn(n, 3, 16, 16), 3),
-    "vgg": Case(Vgg, lambda n: torch.randn(n, 3, 16, 16), 2),
-    "channels-last": Case(ChannelsLast, lambda n: torch.randn(n, 3, 16, 16), 2),
-    "vit": Case(Vit, lambda n: torch.randn(n, 3, 16, 16), 3),
-    "text": Case(Text, _text_batch, 2),
-    "lstm": Case(Lstm, lambda n: torch.randint(0, 100, (n, 7)), 2),
-    "two-inputs": Case(TwoInputs, lambda n: (torch.randn(n, 12), torch.randn(n)), 2),
-}
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.norm(self.stem(x))).mean((2, 3)))
 
 
-@cache
-def model(name: str) -> nn.Module:
-    """The model of a case, in evaluation mode, its batch norms with statistics of their own; not to be changed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        made = CASES[name].kind()
-        for module in made.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 1.5)
-    return made.eval()
+class TwoConvs(nn.Module):
+    """Images (B, 1, H, W) in 3 classes, by two convolutions and nothing else."""
+
+    def __init__(self, width: int = 4, stride: int = 1) -> None:
+        super().__init__()
+        self.conv, self.mid, self.fc = nn.Conv2d(1, width, 3, stride), nn.Conv2d(width, width, 3), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.mid(torch.relu(self.conv(x)))).mean((2, 3)))
 
 
-@cache
-def graph(name: str) -> fx.GraphModule:
-    """The captured model; not to be changed."""
-    with torch.random.fork_rng():  # the same numbers follow, whether or not the graph was there already
-        return capture(model(name), CASES[name].batch(2))
+class SmallResNet(nn.Module):
+    """Images (B, 1, 8, 8) in 3 classes: residual branches on one width."""
+
+    def __init__(self, branches: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 12, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(12, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU(),
+                nn.Conv2d(10, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12),
+            )
+            for _ in range(branches)
+        )  # fmt: skip
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for block in self.blocks:
+            x = F.relu(x + block(x))
+        return self.head(x.mean((2, 3)))
 
 
-@cache
-def graph_with_exits(name: str) -> fx.GraphModule:
-    """The captured model with its exits; not to be changed."""
-    captured = graph(name)
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        return InsertExits(CASES[name].exits)(captured).gm
+class Mlp(nn.Module):
+    """Vectors (B, 8) in 4 classes: layers of one width, each with a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 24)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU()) for _ in range(3))
+        self.fc = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.fc(x)
 
 
-def call(function: Callable[..., Any], batch: Any) -> Any:
-    """Calls like the user does: a dict by name, a tuple by position."""
-    if isinstance(batch, dict):
-        return function(**batch)
-    return function(*batch) if isinstance(batch, tuple) else function(batch)
+class Tagger(nn.Module):
+    """Token ids (B, T) to logits (B, T, 3): an answer at every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm, self.fc = nn.Embedding(20, 16), nn.LSTM(16, 16, 2, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.fc(self.lstm(self.embed(ids))[0])
 
 
-def rows(batch: Any, index: Any) -> Any:
-    """Some samples of a batch."""
-    if isinstance(batch, dict):
-        return {k: v[index] for k, v in batch.items()}
-    return tuple(t[index] for t in batch) if isinstance(batch, tuple) else batch[index]
+class Words(nn.Module):
+    """Next tokens (B, T, 11): an embedding, an LSTM and a LayerNorm, whose count is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(11, 8), nn.LSTM(8, 12, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.lstm(self.embed(x))[0]))
 
 
-def logits_of(output: Any) -> Tensor:
-    return output["logits"] if isinstance(output, dict) else output
+class TiedWords(nn.Module):
+    """Token ids (B, T) to logits (B, 11) by one matrix, which is the embedding too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids).mean(1))
+
+
+class GatedLayer(nn.Module):
+    """Attention and a gated MLP, each behind a norm and around a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(32), nn.RMSNorm(32)
+        self.qkv, self.out = nn.Linear(32, 3 * 32, bias=False), nn.Linear(32, 32, bias=False)
+        self.gate, self.up, self.down = (nn.Linear(*size, bias=False) for size in ((32, 72), (32, 72), (72, 32)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class LanguageModel(nn.Module):
+    """Token ids (B, T) to logits (B, T, 40). The scale is computed, and in no checkpoint."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 32), nn.Linear(32, 40, bias=False)
+        self.layers, self.norm = nn.ModuleList(GatedLayer() for _ in range(2)), nn.LayerNorm(32)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 32), persistent=False)
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) * self.scale + self.steps
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+def seeded(kind: Callable[[], nn.Module] = SmallResNet) -> nn.Module:
+    """A network with weights that are the same at every call."""
+    torch.manual_seed(0)
+    return kind()
+
+
+def small_resnet() -> nn.Module:
+    return seeded()
+
+
+def linear() -> nn.Module:
+    """Of the same inputs and classes as `SmallResNet`, and nothing else."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nets
 import pytest
 import torch
+from nets import OneConv
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,27 +21,9 @@ from dyncompress.passes.capture.capture import capture
 from dyncompress.runtime.files import checkpoint
 
 
-class Small(nn.Module):
-    """Importable by the pickles below."""
-
-    def __init__(self, classes: int = 3) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3)
-        self.bn = nn.BatchNorm2d(4)
-        self.fc = nn.Linear(4, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
-
-
 class FixedBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(int(x.shape[0]), -1).view(2, 36) * 2
-
-
-def make_small(classes: int = 3) -> nn.Module:
-    torch.manual_seed(0)
-    return Small(classes).eval()
 
 
 def make_text() -> str:
@@ -50,14 +34,14 @@ def make_failing() -> nn.Module:
     raise KeyError("weights")
 
 
-ARCH = f"{__name__}:make_small"
+ARCH = "nets:OneConv"
 IMAGE = torch.rand(2, 1, 6, 6)
 
 
 @pytest.fixture
 def small() -> nn.Module:
     torch.manual_seed(1)
-    model = Small()
+    model = OneConv()
     model(torch.randn(8, 1, 6, 6))  # moves the BatchNorm statistics off their defaults
     return model.eval()
 
@@ -247,7 +231,7 @@ def test_pickled_parts_of_an_archive_are_not_opened(small: nn.Module, tmp_path: 
 
 def test_pickle_of_code_that_is_gone(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(small, tmp_path / "module.pt")
-    monkeypatch.delattr(sys.modules[__name__], "Small")
+    monkeypatch.delattr(nets, "OneConv")
     assert "cannot be imported" in refused(tmp_path / "module.pt", allow_pickle=True)
 
 
