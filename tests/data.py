@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -36,6 +35,8 @@ def make_stripes() -> Splits:
 @cache
 def digits() -> Splits:
     """The 8x8 digits with noise of a different strength for every image."""
+    from sklearn.datasets import load_digits  # takes longer to import than what the other data sets are used for
+
     source = load_digits()
     x, y = torch.from_numpy(source.images).float().unsqueeze(1) / 16, torch.from_numpy(source.target).long()
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,7 @@
 """A trained network, its weights in a file, and the command line."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ from torch import nn
 from trained import on_stripes
 
 from dyncompress.cli.main import run
+from dyncompress.cli.runs import benching, run_recipe
+from dyncompress.compress.evaluation.report_entries import measure
+
+
+@pytest.fixture(autouse=True)
+def _few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What times are is of no interest here."""
+    for module in (run_recipe, benching):
+        monkeypatch.setattr(module, "measure", partial(measure, batches={1: 1, 256: 1}, repeats=1))
 
 
 @pytest.fixture(scope="session")

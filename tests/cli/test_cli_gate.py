@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ from trained import on_stripes
 import dyncompress as dc
 from dyncompress.cli.report import gate_payoff as skipping
 from dyncompress.cli.report.gate_plots import plot_gates
-from dyncompress.cli.runs import benching
-from dyncompress.cli.runs import run_recipe as job
-from dyncompress.compress.evaluation.report_entries import DynamicEntry, StaticEntry, measure
+from dyncompress.compress.evaluation.report_entries import DynamicEntry, StaticEntry
 from dyncompress.compress.gates.gate_report import GateUse
 from dyncompress.compress.options.steps import Gate
 from dyncompress.compress.recipes.recipe import read_recipe
@@ -85,8 +82,6 @@ def here(trained: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     torch.save(trained.state_dict(), "net.pt")
-    for module in (job, benching):  # what times are is of no interest
-        monkeypatch.setattr(module, "measure", partial(measure, batches={1: 1, 256: 1}, repeats=1))
     return tmp_path
 
 
