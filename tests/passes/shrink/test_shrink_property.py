@@ -1,7 +1,7 @@
 """Random networks x random kept sets against the masked oracle.
 
-`--networks N` sets how many networks (default 300; 10,000 is an hour or two): pytest tests/test_shrink_property.py
---networks 10000 -n 2
+`--networks N` sets how many networks (default 300; 10,000 is an hour or two):
+pytest tests/passes/shrink/test_shrink_property.py --networks 10000 -n 2
 """
 
 import random
