@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .passes.capture.capture_empty import capture_empty
     from .passes.exits.insert_exits import InsertExits
     from .passes.gates.insert_gates import InsertGates
+    from .passes.pipeline import Pipeline
     from .passes.rewrites.fold_batch_norm import FoldBatchNorm
     from .passes.rewrites.low_rank import LowRank
     from .passes.shrink.plan import Plan, plan
@@ -44,6 +45,7 @@ _HOMES = {
     "passes.exits.insert_exits": ("InsertExits",),
     "passes.rewrites.fold_batch_norm": ("FoldBatchNorm",),
     "passes.gates.insert_gates": ("InsertGates",),
+    "passes.pipeline": ("Pipeline",),
     "passes.rewrites.low_rank": ("LowRank",),
     "passes.shrink.plan": ("Plan", "plan"),
     "passes.shrink.shrink": ("mask", "shrink"),
@@ -86,6 +88,7 @@ __all__ = [
     "InsertGates",
     "LowRank",
     "PerPositionReport",
+    "Pipeline",
     "Plan",
     "Prediction",
     "PruneReport",

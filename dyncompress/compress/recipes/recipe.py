@@ -10,16 +10,15 @@
 Reading fills in every default, so that the text written beside a result is the whole truth about it.
 """
 
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from ...errors import RequestError
+from ...passes.field_types import checked_values, field_types
 from ..options.steps import STEPS, Step
 
 
@@ -79,7 +78,7 @@ def _recipe(tree: Mapping[str, Any], where: str) -> Recipe:
         raise RequestError(f"{where}: steps: expected a list of one or more steps, of {', '.join(STEPS)}")
     built = tuple(_step(step, f"{where}: steps[{index}]") for index, step in enumerate(steps))
     own = {key: value for key, value in tree.items() if key != "steps"}
-    return Recipe(steps=built, **_checked_values(_RECIPE_OPTIONS, own, where))
+    return Recipe(steps=built, **checked_values(_RECIPE_OPTIONS, own, where))
 
 
 def _step(tree: Any, where: str) -> Step:
@@ -88,7 +87,7 @@ def _step(tree: Any, where: str) -> Step:
         raise RequestError(f"{where}: there is no step {name!r}: use one of {', '.join(STEPS)}")
     if options is not None and not isinstance(options, dict):
         raise RequestError(f"{where}.{name}: expected options such as {{key: value}}, got {options!r}")
-    return STEPS[name](**_checked_values(_options(STEPS[name]), options or {}, f"{where}.{name}"))
+    return STEPS[name](**checked_values(field_types(STEPS[name]), options or {}, f"{where}.{name}"))
 
 
 def _single(tree: Any, where: str) -> tuple[Any, Any]:
@@ -97,72 +96,7 @@ def _single(tree: Any, where: str) -> tuple[Any, Any]:
     return next(iter(tree.items()))
 
 
-def _options(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
-
-
-_RECIPE_OPTIONS = {key: hint for key, hint in _options(Recipe).items() if key != "steps"}
-
-
-def _checked_values(allowed: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    for key in values:
-        if key not in allowed:
-            raise RequestError(f"{where}: unknown key {key!r}: use one of {', '.join(allowed)}")
-    return {key: _checked(value, allowed[key], f"{where}: {key}") for key, value in values.items()}
-
-
-def _checked(value: Any, hint: Any, where: str) -> Any:
-    """The value as the hinted type: str, int, float, a choice, a list of such, or None."""
-    for choice in _choices(hint):
-        converted = _convert(value, choice)
-        if converted is not _NO:
-            return converted
-    raise RequestError(f"{where}: expected {_described(hint)}, got {value!r}")
-
-
-_NO = object()  # the value is not of this type
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        return value if value in typing.get_args(hint) else _NO
-    if origin is tuple:
-        item = typing.get_args(hint)[0]
-        items = [_convert(v, item) for v in value] if isinstance(value, list | tuple) else [_NO]
-        return _NO if _NO in items else tuple(items)
-    if hint is float:
-        return _number(value)
-    if isinstance(hint, type) and isinstance(value, bool) != (hint is bool):
-        return _NO
-    return value if isinstance(hint, type) and isinstance(value, hint) else _NO
-
-
-def _number(value: Any) -> Any:
-    """YAML reads 1e-3, without a point, as text."""
-    if isinstance(value, bool):
-        return _NO
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return _NO
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
-
-
-def _described(hint: Any) -> str:
-    choices = _choices(hint)
-    if len(choices) > 1:
-        return " or ".join(map(_described, choices))
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {_described(typing.get_args(hint)[0])}"
-    return "null" if hint is type(None) else hint.__name__
+_RECIPE_OPTIONS = {key: hint for key, hint in field_types(Recipe).items() if key != "steps"}
 
 
 def _override(recipe: Recipe, text: str) -> Recipe:
@@ -175,14 +109,14 @@ def _override(recipe: Recipe, text: str) -> Recipe:
         raise RequestError(f"--set {text}: {value_text!r} is not a YAML value") from error
     name, dot, option = key.partition(".")
     if not dot:
-        return replace(recipe, **_checked_values(_RECIPE_OPTIONS, {key: value}, f"--set {text}"))
+        return replace(recipe, **checked_values(_RECIPE_OPTIONS, {key: value}, f"--set {text}"))
     matches = [index for index, step in enumerate(recipe.steps) if step.name == name]
     if len(matches) != 1:
         found = "no step" if not matches else "more than one step"
         raise RequestError(f"--set {text}: the recipe has {found} {name!r}: edit the file")
     steps = list(recipe.steps)
     step = steps[matches[0]]
-    changes = _checked_values(_options(type(step)), {option: value}, f"--set {text}")
+    changes = checked_values(field_types(type(step)), {option: value}, f"--set {text}")
     steps[matches[0]] = replace(step, **changes)
     return replace(recipe, steps=tuple(steps))
 

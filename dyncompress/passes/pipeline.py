@@ -1,0 +1,88 @@
+"""Pipelines: graph passes one after another, as text and back. The text is the list of passes, all options filled in:
+
+- insert-gates: {gate: pooled, branches: null}
+- insert-exits: {exits: 3, head: auto}
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from torch import fx
+
+from ..errors import RequestError
+from .exits.insert_exits import InsertExits
+from .field_types import checked_values, field_types
+from .gates.insert_gates import InsertGates
+from .gates.settle_gates import SettleGates
+from .graph.graph_pass import GraphPass, PassResult
+from .rewrites.fold_batch_norm import FoldBatchNorm
+from .rewrites.low_rank import LowRank
+
+PASSES: dict[str, type[GraphPass]] = {
+    kind.name: kind for kind in (FoldBatchNorm, LowRank, InsertGates, SettleGates, InsertExits)
+}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes that run in turn, each on what the one before it made.
+
+    `str(pipeline)` is text that `Pipeline.parse` reads back, and a pass added by its user prints as well.
+    """
+
+    passes: tuple[GraphPass, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", tuple(self.passes))
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        """Runs all passes; `report["passes"]` lists what each says about its work, by its name.
+
+        Raises:
+            RequestError: a pass cannot do its work on what it is given; the message begins with its place and name.
+        """
+        result, reports = PassResult(gm, False, {}), []
+        for number, step in enumerate(self.passes, start=1):
+            before = result
+            try:
+                result = step(before.gm)
+            except RequestError as error:
+                raise RequestError(f"pass {number}, {step.name}: {error}") from error
+            except Exception as error:
+                error.add_note(f"in pass {number} of the pipeline: {step}")
+                raise
+            reports.append({step.name: result.report})
+            result = PassResult(result.gm, before.modified or result.modified, {"passes": list(reports)})
+        return result
+
+    def __str__(self) -> str:
+        return "".join(f"- {step}\n" for step in self.passes) or "[]\n"
+
+    @classmethod
+    def parse(cls, text: str) -> "Pipeline":
+        """The pipeline that a text such as `str(pipeline)` describes; options that it leaves out have their defaults.
+
+        Raises:
+            RequestError: no YAML list of passes, an unknown pass or option, a value of another type or out of range.
+        """
+        try:
+            tree = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RequestError(f"the pipeline is not YAML: {getattr(error, 'problem', error)}") from error
+        if not isinstance(tree, list):
+            raise RequestError("a pipeline is a list of passes, such as '- insert-exits: {exits: 3}'")
+        return cls(tuple(_parsed(entry, f"pass {number}") for number, entry in enumerate(tree, start=1)))
+
+
+def _parsed(entry: Any, where: str) -> GraphPass:
+    if isinstance(entry, str):
+        entry = {entry: None}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise RequestError(f"{where}: expected one pass, such as 'insert-exits: {{exits: 3}}', got {entry!r}")
+    ((name, options),) = entry.items()
+    if name not in PASSES:
+        raise RequestError(f"{where}: there is no pass {name!r}: use one of {', '.join(PASSES)}")
+    if not isinstance(options, dict | None):
+        raise RequestError(f"{where}, {name}: expected options such as {{key: value}}, got {options!r}")
+    return PASSES[name](**checked_values(field_types(PASSES[name]), options or {}, f"{where}, {name}"))
