@@ -1,6 +1,7 @@
-"""The fields of options classes, checked by their type hints: str, int, float, bool, a choice, a list of such, or None.
+"""The fields of options classes, checked by their type hints.
 
-Recipe files and the text of pipelines are read by it; nothing in a text is evaluated or imported.
+A field is a str, int, float or bool, a choice, a list of such, names with such, or None. Recipe files and the text of
+pipelines are read by it; nothing in a text is evaluated or imported.
 """
 
 import types
@@ -45,6 +46,11 @@ def _convert(value: Any, hint: Any) -> Any:
     origin = typing.get_origin(hint)
     if origin is Literal:
         return value if value in typing.get_args(hint) else _NO
+    if origin is Mapping:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            return _NO
+        found = {key: _convert(item, typing.get_args(hint)[1]) for key, item in value.items()}
+        return _NO if _NO in found.values() else found
     if origin is tuple:
         item = typing.get_args(hint)[0]
         items = [_convert(v, item) for v in value] if isinstance(value, list | tuple) else [_NO]
@@ -77,6 +83,8 @@ def _described(hint: Any) -> str:
         return " or ".join(map(_described, choices))
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is Mapping:
+        return f"names with {_described(typing.get_args(hint)[1])} each"
     if typing.get_origin(hint) is tuple:
         return f"a list of {_described(typing.get_args(hint)[0])}"
     return "null" if hint is type(None) else hint.__name__

@@ -12,16 +12,21 @@ from torch import fx
 
 from ..errors import RequestError
 from .exits.insert_exits import InsertExits
+from .exits.keep_exits import KeepExits
 from .field_types import checked_values, field_types
 from .gates.insert_gates import InsertGates
+from .gates.remove_gates import RemoveGates
 from .gates.settle_gates import SettleGates
 from .graph.graph_pass import GraphPass, PassResult
 from .rewrites.fold_batch_norm import FoldBatchNorm
 from .rewrites.low_rank import LowRank
+from .rewrites.unstack_recurrent import UnstackRecurrent
+from .shrink.shrink import Shrink
 
-PASSES: dict[str, type[GraphPass]] = {
-    kind.name: kind for kind in (FoldBatchNorm, LowRank, InsertGates, SettleGates, InsertExits)
-}
+_EXACT = (FoldBatchNorm, UnstackRecurrent)
+_SMALLER = (LowRank, Shrink)
+_DYNAMIC = (InsertGates, SettleGates, RemoveGates, InsertExits, KeepExits)
+PASSES: dict[str, type[GraphPass[Any]]] = {kind.name: kind for kind in (*_EXACT, *_SMALLER, *_DYNAMIC)}
 
 
 @dataclass(frozen=True)
@@ -31,30 +36,29 @@ class Pipeline:
     `str(pipeline)` is text that `Pipeline.parse` reads back, and a pass added by its user prints as well.
     """
 
-    passes: tuple[GraphPass, ...]
+    passes: tuple[GraphPass[Any], ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", tuple(self.passes))
 
-    def __call__(self, gm: fx.GraphModule) -> PassResult:
-        """Runs all passes; `report["passes"]` lists what each says about its work, by its name.
+    def __call__(self, gm: fx.GraphModule) -> PassResult[tuple[object, ...]]:
+        """Runs all passes; the report has what each says about its work, in their order.
 
         Raises:
             RequestError: a pass cannot do its work on what it is given; the message begins with its place and name.
         """
-        result, reports = PassResult(gm, False, {}), []
+        modified, reports = False, []
         for number, step in enumerate(self.passes, start=1):
-            before = result
             try:
-                result = step(before.gm)
+                result = step(gm)
             except RequestError as error:
                 raise RequestError(f"pass {number}, {step.name}: {error}") from error
             except Exception as error:
                 error.add_note(f"in pass {number} of the pipeline: {step}")
                 raise
-            reports.append({step.name: result.report})
-            result = PassResult(result.gm, before.modified or result.modified, {"passes": list(reports)})
-        return result
+            gm, modified = result.gm, modified or result.modified
+            reports.append(result.report)
+        return PassResult(gm, modified, tuple(reports))
 
     def __str__(self) -> str:
         return "".join(f"- {step}\n" for step in self.passes) or "[]\n"
@@ -75,7 +79,7 @@ class Pipeline:
         return cls(tuple(_parsed(entry, f"pass {number}") for number, entry in enumerate(tree, start=1)))
 
 
-def _parsed(entry: Any, where: str) -> GraphPass:
+def _parsed(entry: Any, where: str) -> GraphPass[Any]:
     if isinstance(entry, str):
         entry = {entry: None}
     if not isinstance(entry, dict) or len(entry) != 1:

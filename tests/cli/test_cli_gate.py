@@ -22,7 +22,6 @@ from dyncompress.compress.gates.gate_report import GateUse
 from dyncompress.compress.options.steps import Gate
 from dyncompress.compress.recipes.recipe import read_recipe
 from dyncompress.compress.training.store import Store
-from dyncompress.passes.gates.remove_gates import without_gates
 from dyncompress.passes.graph.meta import gates_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the .* gates cost")  # the models are tiny
@@ -153,7 +152,7 @@ def test_wrong_requests_are_one_line(here: Path, gated: dc.DynamicModel, capfd: 
 @torch.no_grad()
 def test_every_gate_open_is_the_model_without_gates(gated: dc.DynamicModel) -> None:
     """Held to the gated graph whose gates' logits are all pushed up."""
-    whole, x = without_gates(gated.trunk), make_stripes().test.inputs
+    whole, x = skipping.opened(gated), make_stripes().test.inputs
     pushed = dc.DynamicModel(dc.capture(gated.trunk, x)).eval()
     before = [pushed.trunk.get_parameter(f"gates.{k}.out.bias") for k in range(3)]
     kept = [bias.clone() for bias in before]

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor, fx, nn
 
 import dyncompress as dc
-from dyncompress.passes.graph.graph_pass import GraphPass, PassResult
+from dyncompress.passes.exits.keep_exits import KeepExits
+from dyncompress.passes.gates.remove_gates import RemoveGates
+from dyncompress.passes.gates.settle_gates import SettleGates
+from dyncompress.passes.graph.copying import deep_copy
+from dyncompress.passes.graph.graph_pass import HAS_EXITS, Condition, GraphPass, PassResult
 from dyncompress.passes.pipeline import PASSES
+from dyncompress.passes.rewrites.fold_batch_norm import FoldedNorms
+from dyncompress.passes.shrink.shrink import Shrink
 
 
 class Net(nn.Module):
@@ -40,7 +46,7 @@ def test_runs_its_passes_in_turn(gm: fx.GraphModule) -> None:
     assert made.gm.code == by_hand.gm.code and made.modified and gm.code == before
     for ours, theirs in zip(made.gm(x), by_hand.gm(x), strict=True):
         assert torch.equal(ours, theirs)
-    assert made.report == {"passes": [{"fold-batch-norm": {"folded": ["bn"]}}, {"insert-exits": by_hand.report}]}
+    assert made.report == (FoldedNorms(("bn",)), by_hand.report)
 
 
 def test_passes_that_find_nothing_to_do(gm: fx.GraphModule) -> None:
@@ -56,7 +62,8 @@ def test_passes_that_find_nothing_to_do(gm: fx.GraphModule) -> None:
         dc.Pipeline([]),
         dc.Pipeline([dc.FoldBatchNorm(within="net.body"), dc.LowRank(energy=0.9), dc.LowRank(rank=4)]),
         dc.Pipeline([dc.InsertGates("ff1", ("layer1.0:branch", "no: yes")), dc.InsertExits("every", "mlp")]),
-        dc.Pipeline([dc.InsertExits(2), dc.InsertExits(("relu_2", "null"), "linear")]),
+        dc.Pipeline([dc.InsertExits(2), dc.InsertExits(("relu_2", "null"), "linear"), KeepExits((2, 0))]),
+        dc.Pipeline([Shrink({"fc.weight:0": torch.tensor([1, 3]), "layer1.0:branch": []}, exact=True)]),
     ],
 )
 def test_text_reads_back(pipeline: dc.Pipeline) -> None:
@@ -83,13 +90,15 @@ def test_ways_to_write_a_pass() -> None:
         ("", "a pipeline is a list of passes"),
         ("insert-exits: {exits: 3}", "a pipeline is a list of passes"),
         ("- [", "the pipeline is not YAML"),
-        ("- insert-exit", "pass 1: there is no pass 'insert-exit': use one of fold-batch-norm, low-rank,"),
+        ("- insert-exit", "pass 1: there is no pass 'insert-exit': use one of fold-batch-norm, unstack-"),
         ("- 3", "pass 1: expected one pass"),
         ("- {insert-exits: {}, low-rank: {}}", "pass 1: expected one pass"),
         ("- insert-exits\n- insert-gates: pooled", "pass 2, insert-gates: expected options"),
         ("- insert-exits: {exit: 3}", "pass 1, insert-exits: unknown key 'exit': use one of exits, head"),
         ("- insert-exits: {exits: 1.5}", "pass 1, insert-exits: exits: expected int or str or a list of str, got 1.5"),
         ("- insert-exits: {head: best}", "head='best': use one of auto,"),
+        ("- shrink: {keep: [1]}", "shrink: keep: expected names with a list of int each, got [1]"),
+        ("- shrink: {keep: {fc: [x]}}", "shrink: keep: expected names with a list of int each, got {'fc': ['x']}"),
         ("- low-rank", "low-rank: give exactly one of energy,"),
         ("- insert-exits: !!python/name:os.system", "the pipeline is not YAML"),
     ],
@@ -101,11 +110,17 @@ def test_mistakes_in_the_text(text: str, says: str) -> None:
 
 
 @dataclass(frozen=True)
-class Broken(GraphPass):
-    name: ClassVar[str] = "broken"
+class Broken(GraphPass[None]):
+    """Raises, or returns the graph as it was."""
 
-    def rewrite(self, gm: fx.GraphModule) -> PassResult:
-        raise KeyError("bug")
+    name: ClassVar[str] = "broken"
+    ensures: ClassVar[tuple[Condition, ...]] = (HAS_EXITS,)
+    raises: bool = True
+
+    def rewrite(self, gm: fx.GraphModule) -> PassResult[None]:
+        if self.raises:
+            raise KeyError("bug")
+        return PassResult(gm, False, None)
 
 
 def test_errors_name_the_pass(gm: fx.GraphModule) -> None:
@@ -113,4 +128,33 @@ def test_errors_name_the_pass(gm: fx.GraphModule) -> None:
         dc.Pipeline([dc.InsertExits(1), dc.InsertExits(1)])(gm)
     with pytest.raises(KeyError) as caught:
         dc.Pipeline([dc.FoldBatchNorm(), Broken()])(gm)
-    assert caught.value.__notes__ == ["in pass 2 of the pipeline: broken"]
+    assert caught.value.__notes__ == ["in pass 2 of the pipeline: broken: {raises: true}"]
+
+
+def test_what_passes_require_and_ensure(gm: fx.GraphModule) -> None:
+    dynamic, gated = dc.InsertExits(1)(gm).gm, dc.InsertGates()(gm).gm
+    wrong = [
+        (KeepExits((0,)), gm, "the graph has no exits; run InsertExits"),
+        (KeepExits((1,)), dynamic, "there is no exit 1; the model has 1, numbered from 0"),
+        (RemoveGates(), gm, "the graph has no skip gates; run InsertGates"),
+        (SettleGates(), gm, "the graph has no skip gates; run InsertGates"),
+        (SettleGates(), dc.InsertExits(1)(gated).gm, "the model has exits already, and they come last"),
+        (dc.InsertGates(), gated, "already has a module named 'gates'"),
+        (dc.InsertExits(1), fx.GraphModule(nn.Module(), fx.Graph()), "use capture"),
+        (Shrink({}), fx.GraphModule(nn.Module(), fx.Graph()), "use capture"),
+        (dc.FoldBatchNorm(), deep_copy(gm).train(), "call eval"),
+    ]
+    for step, given, says in wrong:
+        with pytest.raises(dc.RequestError, match=says):
+            step(given)
+    with pytest.raises(dc.DynCompressError, match="broken has not done what it ensures"):
+        Broken(raises=False)(gm)
+
+
+def test_passes_do_what_the_functions_do(gm: fx.GraphModule) -> None:
+    keep, x = {"conv.weight:0": [0, 5]}, torch.randn(4, 3, 8, 8)
+    made = Shrink(keep)(gm)
+    assert made.report.kept == {"conv.weight:0": 2} and made.modified
+    assert torch.equal(made.gm(x), dc.shrink(gm, keep)(x))
+    gated = dc.InsertGates()(gm).gm
+    assert torch.equal(RemoveGates()(gated).gm(x), gm(x))

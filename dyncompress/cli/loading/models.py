@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
 from ...model_zoo import zoo
+from ...passes.graph.call_structure import nested_inputs
 from ...passes.graph.meta import FixedInput, Input, inputs_of
 from ...runtime.files import checkpoint
 from ...runtime.files.model_folder import is_model_folder
@@ -212,8 +212,7 @@ def example_of(model: nn.Module) -> Any:
     gm = model.trunk if isinstance(model, DynamicModel) else model
     assert isinstance(gm, fx.GraphModule)
     leaves = [_example_leaf(given) for given in inputs_of(gm)]
-    in_spec = gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
-    args, kwargs = pytree.tree_unflatten(leaves, in_spec)
+    args, kwargs = nested_inputs(gm.graph, leaves)
     return args or kwargs
 
 

@@ -3,7 +3,8 @@
 from torch import fx
 
 from ...compress.evaluation.report_entries import Entry
-from ...passes.gates.remove_gates import without_gates
+from ...passes.gates.remove_gates import RemoveGates
+from ...passes.graph.copying import graph_copy
 from ...runtime.predict.dynamic import DynamicModel
 
 _WORTH = 0.5  # the least share of the MACs saved that is to be saved in time as well
@@ -11,7 +12,7 @@ _WORTH = 0.5  # the least share of the MACs saved that is to be saved in time as
 
 def opened(model: DynamicModel) -> fx.GraphModule | DynamicModel:
     """What a gated model is compared with: every branch always runs and no gate is computed; exits stay."""
-    whole = without_gates(model.trunk)
+    whole = RemoveGates().rewrite(graph_copy(model.trunk)).gm
     return DynamicModel(whole, model.policy, model.table) if model.exits else whole
 
 

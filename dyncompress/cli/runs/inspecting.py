@@ -6,12 +6,11 @@ from rich.console import Console
 from torch import fx
 
 from ...compress.recipes.recipe import Recipe
-from ...passes.axes.axes import Axes, infer_axes
-from ...passes.dims.type_graph import type_graph
-from ...passes.edit.cut_points import blocks, cut_points
+from ...passes.axes.axes import Axes
+from ...passes.edit.analysis import Analysis, analyse
 from ...passes.gates.insert_gates import gate_places
 from ...passes.gates.read_gates import graph_gates
-from ...passes.graph.cost import count_bytes, count_macs, count_parameters, node_macs
+from ...passes.graph.cost import count_bytes, count_parameters
 from ...passes.graph.meta import exits_of
 from ..loading.loaded_subject import load_splits, prepare
 from ..report import tables
@@ -33,38 +32,37 @@ def describe(gm: fx.GraphModule) -> dict[str, Any]:
 
     MACs are per sample; an axis' slices are [tensor, dim]; a cut point is named after the node it follows.
     """
-    axes = infer_axes(gm)
+    known = analyse(gm)
     return {
-        "macs": count_macs(gm),
+        "macs": known.total_macs,
         "parameters": count_parameters(gm),
         "bytes": count_bytes(gm),
-        "axes": _axes(axes),
-        "untyped": axes.untyped,
+        "axes": _axes(known.axes),
+        "untyped": known.axes.untyped,
         "blocks": [
             {"start": b.start and b.start.node.name, "end": b.end.node.name, "nodes": len(b.nodes), "macs": b.macs}
-            for b in blocks(gm)
+            for b in known.blocks
         ],
         "cut_points": [
             {"at": c.node.name, "path": c.node.meta.get("path", ""), "single": c.single, "macs": c.macs}
-            for c in cut_points(gm)
+            for c in known.cut_points
         ],
         "exits": list(exits_of(gm)),
-        "branches": _branches(gm),
+        "branches": _branches(known),
     }
 
 
-def _branches(gm: fx.GraphModule) -> list[dict[str, Any]]:
+def _branches(known: Analysis) -> list[dict[str, Any]]:
     """Residual branches: those that a gate can skip, or skips already, with their MACs; and why others have none."""
-    costs = node_macs(gm)
-    gates = graph_gates(gm)
+    gates = graph_gates(known.gm)
     if gates:
         found = {gate.branch: gate.nodes for gate in gates}
         left: dict[str, str] = {}
     else:
-        places, left = gate_places(gm, type_graph(gm))
+        places, left = gate_places(known)
         found = {place.branch.name: place.branch.nodes for place in places}
     skippable = [
-        {"name": b, "macs": sum(costs[n] for n in nodes), "gate": bool(gates), "reason": None}
+        {"name": b, "macs": sum(known.macs[n] for n in nodes), "gate": bool(gates), "reason": None}
         for b, nodes in found.items()
     ]
     return [*skippable, *({"name": b, "macs": None, "gate": False, "reason": reason} for b, reason in left.items())]

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import RequestError
-from ...passes.edit.outputs import all_logits, needed_for
+from ...passes.edit.outputs import all_logits
 from ...passes.exits.read_exits import exit_modules
+from ...passes.graph.walk import upstream
 from ...runtime.predict.dynamic import DynamicModel
 from ..training.batches import LabelledData
 from ..training.trainer import Epoch, Optimizer, fit, fixed, in_phases
@@ -182,7 +183,7 @@ def _divided_gradients(trunk: fx.GraphModule) -> Iterator[None]:
     """
     counts: dict[str, int] = {}
     for logits in all_logits(trunk):
-        targets = {str(n.target) for n in needed_for([logits]) if n.op in {"call_module", "get_attr"}}
+        targets = {str(n.target) for n in upstream([logits]) if n.op in {"call_module", "get_attr"}}
         for name, _ in trunk.named_parameters():
             counts[name] = counts.get(name, 0) + (name in targets or name.rpartition(".")[0] in targets)
     hooks = [p.register_hook(partial(_over, n)) for name, p in trunk.named_parameters() if (n := counts[name]) > 1]

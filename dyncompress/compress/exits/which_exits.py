@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from ...errors import RequestError
-from ...passes.exits.keep_exits import keep_exits
+from ...passes.exits.keep_exits import KeepExits
 from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.predict.policy import ExitPolicy
 from ..thresholds.calibrate import calibrate_exits
@@ -83,7 +83,7 @@ def search_exits(
         mean_latency_share=mean if goal.least == "latency" else None,
         accuracy=None if budget is None else -reached,
     )
-    return DynamicModel(keep_exits(dynamic.trunk, kept)).eval(), report
+    return DynamicModel(KeepExits(tuple(kept))(dynamic.trunk).gm).eval(), report
 
 
 def _point(search: ThresholdSearch, accuracy: float, cost: float | None) -> OperatingPoint | None:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ...errors import DynCompressError, RequestError
 from ...passes.axes.axes import Axes
 from ...passes.dims.dims import Keep
+from ...passes.graph.call_structure import nested_inputs
 from ...passes.graph.meta import FixedInput, Input, inputs_of
 from ...passes.shrink.shrink import shrink_axes
 from ...runtime.predict.timing import device_of, wait_for
@@ -139,8 +140,7 @@ class Latency:
 
     def _time(self, models: Mapping[str, fx.GraphModule]) -> dict[str, float]:
         """Milliseconds of the fastest run of each; on a shared device, every slower one measures others' work too."""
-        spec = self.gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
-        args, kwargs = pytree.tree_unflatten(self.flat, spec)
+        args, kwargs = nested_inputs(self.gm.graph, self.flat)
         fastest = dict.fromkeys(models, math.inf)
         with ExitStack() as stack:
             for gm in models.values():

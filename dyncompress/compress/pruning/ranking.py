@@ -28,7 +28,7 @@ from ...errors import RequestError
 from ...passes.axes.axes import Axes, Axis
 from ...passes.axes.axis_kinds import BRANCH
 from ...passes.dims.dims import Atom, Keep
-from ...passes.edit.cut_points import blocks
+from ...passes.edit.analysis import Analysis
 from ..importance.group_sums import normalised
 
 SCOPES = ("global", "axis", "block")
@@ -235,7 +235,7 @@ def _scopes(axes: Axes, candidates: list[Axis], scope: str) -> dict[str, object]
     if scope == "axis":
         return {axis.name: BRANCH if axis.kind == BRANCH else axis.name for axis in candidates}
     users = _first_users(axes.types.gm)
-    block_of = {node: i for i, block in enumerate(blocks(axes.types.gm, axes.types)) for node in block.nodes}
+    block_of = {node: i for i, block in enumerate(Analysis(axes.types).blocks) for node in block.nodes}
     return {axis.name: block_of.get(users.get(axis.slices[0].tensor)) for axis in candidates}  # type: ignore[arg-type]
 
 

@@ -1,6 +1,6 @@
 """The axes of a captured model: which parameter slices must shrink together, and what cannot shrink and why."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,9 +59,8 @@ class Axis:
 class Axes(Mapping[str, Axis]):
     """The axes of a graph by name, in order of first use; iterating gives the `Axis` objects."""
 
-    def __init__(self, types: Typing) -> None:
+    def __init__(self, types: Typing, branches: list[Branch]) -> None:
         self.types = types
-        branches = find_branches(types)
         self._axes = _collect(types, branches)
         self.branches: dict[Atom, Branch] = {}
         for branch in branches:
@@ -107,7 +106,8 @@ def infer_axes(gm: fx.GraphModule) -> Axes:
     """
     if not is_captured(gm):
         raise RequestError(f"expected a model from capture(), got {type(gm).__name__}")
-    return Axes(type_graph(gm))
+    types = type_graph(gm)
+    return Axes(types, find_branches(types))
 
 
 def _branch_axis(types: Typing, branch: Branch) -> Axis:
@@ -145,7 +145,7 @@ def _collect(types: Typing, branches: list[Branch]) -> dict[str, Axis]:
     return axes
 
 
-def as_keep(axes: Axes, keep: Mapping[str, Tensor | list[int]]) -> dict[Atom, Tensor]:
+def as_keep(axes: Axes, keep: Mapping[str, Tensor | Sequence[int]]) -> dict[Atom, Tensor]:
     """Checked, sorted kept indices by atom. Nothing of a branch may be kept; nothing of a module (`layer3`, say) means
     nothing of all branches in it.
 
@@ -170,7 +170,7 @@ def as_keep(axes: Axes, keep: Mapping[str, Tensor | list[int]]) -> dict[Atom, Te
 _NOTHING = torch.zeros(0, dtype=torch.int64)
 
 
-def _checked(axis: Axis, indices: Tensor | list[int]) -> Tensor:
+def _checked(axis: Axis, indices: Tensor | Sequence[int]) -> Tensor:
     kept = torch.as_tensor(indices)
     if kept.numel() == 0 and axis.kind == BRANCH:
         return _NOTHING

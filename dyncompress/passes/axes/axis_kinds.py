@@ -12,6 +12,7 @@ from torch import fx
 
 from ..dims.dims import Atom, leaves
 from ..dims.rule_registry import Typing
+from ..graph.walk import downstream
 from .branches import Branch
 
 BRANCH = "branch"
@@ -50,8 +51,5 @@ def _fed_back(types: Typing) -> Iterator[Atom]:
 
 def _leads_on(gm: fx.GraphModule, nodes: list[fx.Node]) -> bool:
     """Whether what the first of the nodes computes reaches one of the others."""
-    reached = {nodes[0]}
-    for node in gm.graph.nodes:
-        if not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
+    reached = downstream(gm.graph, nodes[:1])
     return not reached.isdisjoint(nodes[1:])

@@ -14,12 +14,14 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..dims.rule_registry import Typing
 from ..graph.aliasing import storage, written
 from ..graph.cost import node_macs
+from ..graph.module_tree import remove_tensor
 from ..graph.nodes import attribute, bound_args, op_name
+from ..graph.walk import serving, unread
 from .zero_propagation import zero_nodes
 
 
@@ -65,8 +67,7 @@ class _Search:
             self.tensors[node] = list(_tensors(self.gm, node))
             for _, tensor in self.tensors[node]:
                 self.users_of.setdefault(id(tensor), set()).add(node)
-        answer = self.ancestors[self.gm.graph.output_node()]
-        self.in_place = {node for node, i in self.order.items() if not answer >> i & 1}  # nobody reads what they return
+        self.in_place = unread(self.gm.graph)  # nobody reads what they return
 
     @cached_property
     def macs(self) -> dict[fx.Node, int]:
@@ -90,20 +91,8 @@ class _Search:
         return sum(self.macs[n] for n in found[0])
 
     def _region(self, end: fx.Node, shortcut: fx.Node, total: fx.Node) -> list[fx.Node]:
-        """`end` and whatever serves nothing else, in graph order; the shortcut and what it comes from stay out."""
-        region, queue = {total} | self.in_place, [end]
-        while queue:
-            node = max(queue, key=self.order.__getitem__)
-            queue = [n for n in queue if n is not node]
-            if node.op == "placeholder" or self._leads_to(node, shortcut):
-                continue
-            if region.issuperset(node.users):
-                region.add(node)
-                queue += [n for n in node.all_input_nodes if n not in region and n not in queue]
-        region -= {total} | self.in_place
-        for node in sorted(self.in_place, key=self.order.__getitem__):
-            region |= {node} if region.intersection(node.all_input_nodes) else set()
-        return sorted(region, key=self.order.__getitem__)
+        """`end` and whatever serves nothing else; the shortcut and what it comes from stay out."""
+        return serving(end, {total}, self.in_place, self.order, lambda node: self._leads_to(node, shortcut))
 
     def _leads_to(self, node: fx.Node, target: fx.Node) -> bool:
         return bool(self.ancestors[target] >> self.order[node] & 1)
@@ -144,7 +133,7 @@ def remove_branches(small: fx.GraphModule, branches: Sequence[Branch]) -> None:
         for old in (branch.total, *reversed(branch.nodes)):
             small.graph.erase_node(nodes.pop(old.name))
         for name in branch.tensors:
-            _delete(small, name)
+            remove_tensor(small, name)
 
 
 _IDEMPOTENT = {"relu", "relu6", "hardtanh", "abs"}
@@ -154,21 +143,6 @@ def _repeats(user: fx.Node, shortcut: fx.Node) -> bool:
     """Whether an activation does nothing to what the same one made: relu(relu(x)) = relu(x)."""
     calls = user.op == shortcut.op == "call_function"
     return calls and op_name(user) == op_name(shortcut) in _IDEMPOTENT and user.args[1:] == shortcut.args[1:]
-
-
-def _delete(root: nn.Module, name: str) -> None:
-    """Removes a tensor and the modules that it leaves empty; it may be gone already."""
-    path, _, leaf = name.rpartition(".")
-    owners = [root]
-    for part in filter(None, path.split(".")):
-        if part not in owners[-1]._modules:
-            return
-        owners.append(getattr(owners[-1], part))
-    owners[-1]._parameters.pop(leaf, None)
-    owners[-1]._buffers.pop(leaf, None)
-    for owner, child, part in reversed(list(zip(owners, owners[1:], path.split("."), strict=False))):
-        if not any(True for _ in [*child.parameters(), *child.buffers(), *child.children()]):
-            del owner._modules[part]
 
 
 def _tensors(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, Tensor]]:

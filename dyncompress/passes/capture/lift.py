@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..graph.copying import LazyGraphModule
 from ..graph.meta import FixedInput, Input, TensorInput, set_inputs
+from ..graph.module_tree import holder_at, put_module, put_tensor
 from ..graph.nodes import attribute
 from .module_builders import MODULE_BUILDERS
 
@@ -214,36 +215,16 @@ def _build_root(
     root = nn.Module()
     persistent = set(model.state_dict(keep_vars=True))
     for path, module in lifted.items():
-        _put(root, path, module)
+        put_module(root, path, module)
     for node in graph.find_nodes(op="get_attr"):
         if "source" not in node.meta or not node.users:
             continue
-        parent, _, name = str(node.target).rpartition(".")
-        holder, tensor = _container(root, parent), tensors[node.meta["source"]]
-        if name in holder._parameters or name in holder._buffers:
-            continue
-        if isinstance(tensor, nn.Parameter):
-            holder.register_parameter(name, tensor)
-        else:
-            holder.register_buffer(name, tensor, persistent=str(node.target) in persistent)
+        path = str(node.target)
+        parent, _, name = path.rpartition(".")
+        holder = holder_at(root, parent)
+        if name not in holder._parameters and name not in holder._buffers:
+            put_tensor(root, path, tensors[node.meta["source"]], persistent=path in persistent)
     return root
-
-
-def _container(root: nn.Module, path: str) -> nn.Module:
-    for part in filter(None, path.split(".")):
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
-    return root
-
-
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    holder = _container(root, parent)
-    if name in holder._modules:  # children were put before their parent
-        for child_name, child in holder._modules[name]._modules.items():  # type: ignore[union-attr]
-            module.add_module(child_name, child)
-    holder.add_module(name, module)
 
 
 # --- 4. dropout and devices --------------------------------------------------------------------------------------
@@ -268,7 +249,7 @@ def _lift_dropout(graph: fx.Graph, model: nn.Module, root: nn.Module) -> None:
         while path in placed and getattr(placed[path], "p", None) != rate:
             path += "_"
         placed[path] = kind(rate)
-        _put(root, path, placed[path])
+        put_module(root, path, placed[path])
         _replace_call(graph, node, path, (node.args[0],), None)
 
 

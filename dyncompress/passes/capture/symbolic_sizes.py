@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from ..graph.call_structure import CallStructure, set_call_structure
 from .recording import Call, Recording, Source, Subject, Unrecorded, record, without_values
 
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ def recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ba
     with without_values(model) as subject:
         graph, structure = _recorded(subject, args, kwargs, names, batch)
     arguments = [*_positional(model, len(args)), *kwargs]
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, pytree.tree_structure((args, kwargs)), structure)))
+    set_call_structure(graph, CallStructure(arguments, pytree.tree_structure((args, kwargs)), structure))
     return graph
 
 

@@ -11,7 +11,6 @@ def channel_dim(types: Typing, node: fx.Node) -> int | None:
 
     A map that is flattened into a classifier shares its height and width with that weight too, never as its outputs.
     """
-    outputs = {resolve(dims[0]) for dims in types.params.values() if dims}
     dims = [resolve(d) for d in types.of(node)]
-    hits = [i for i, d in enumerate(dims) if i > 0 and d.size > 1 and d in outputs]
+    hits = [i for i, d in enumerate(dims) if i > 0 and d.size > 1 and d in types.outputs]
     return hits[-1] if hits else types.feature_dim(node)

@@ -126,6 +126,11 @@ class Typing:
         return hits[-1] if hits else None
 
     @cached_property
+    def outputs(self) -> set[Dim]:
+        """What layers put out: the dim 0 of every weight, bias and scale, whole; complete as `_computed` is."""
+        return {resolve(dims[0]) for dims in self.params.values() if dims}
+
+    @cached_property
     def _computed(self) -> set[Atom]:
         """The axes that layers compute; complete once the graph is typed, when passes ask."""
         return {leaf for dim in self.features for leaf in leaves(dim)}

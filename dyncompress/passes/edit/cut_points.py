@@ -1,12 +1,10 @@
 """Cut points, where some samples stop and the others go on, and the blocks between them."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from ..dims.rule_registry import Typing
-from ..dims.type_graph import type_graph
-from ..graph.cost import node_macs
 from ..graph.meta import gates_of
 from .flow import Flow
 
@@ -35,10 +33,9 @@ class Block:
     macs: int
 
 
-def cut_points(gm: fx.GraphModule, types: Typing | None = None) -> list[CutPoint]:
-    """All cut points of a captured graph, in graph order."""
-    flow = Flow(gm, types or type_graph(gm))
-    macs, spent, found = node_macs(gm), 0, []
+def cut_points(flow: Flow, macs: Mapping[fx.Node, int]) -> list[CutPoint]:
+    """All cut points of a graph, in graph order."""
+    gm, spent, found = flow.types.gm, 0, []
     for node in gm.graph.nodes:
         spent += macs[node]
         if node in flow.learned and flow.per_sample(node):
@@ -53,12 +50,12 @@ def _of_gates(gm: fx.GraphModule, node: fx.Node) -> bool:
     return bool(gates_of(gm)) and node.meta.get("path", "").partition(".")[0] == "gates"
 
 
-def blocks(gm: fx.GraphModule, types: Typing | None = None) -> list[Block]:
+def blocks(graph: fx.Graph, points: Sequence[CutPoint]) -> list[Block]:
     """The stretches between neighbouring single cut points, from the inputs to the last one."""
-    order = list(gm.graph.nodes)
+    order = list(graph.nodes)
     found: list[Block] = []
     start, begin = None, 0
-    for point in cut_points(gm, types):
+    for point in points:
         if not point.single:
             continue
         end = order.index(point.node, begin) + 1

@@ -7,7 +7,8 @@ After each node, the live values are those computed so far and used later. A cut
     remade       batch sizes, devices, parameters and what only they make: never live, made again after the cut
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +17,6 @@ from ..capture.lift import device_of
 from ..dims.dims import leaves
 from ..dims.rule_registry import Typing
 from ..graph.aliasing import overwritten
-from ..graph.cost import node_macs
 from ..graph.nodes import attribute
 
 aten = torch.ops.aten
@@ -29,8 +29,8 @@ class Flow:
     `learned`: nodes that a parameter has worked on. `remade`: nodes made again after a cut instead of crossing it.
     """
 
-    def __init__(self, gm: fx.GraphModule, types: Typing) -> None:
-        self.types = types
+    def __init__(self, types: Typing, macs: Mapping[fx.Node, int]) -> None:
+        self.types, gm = types, types.gm
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self._batch = set(leaves(types.batch))
         self.learned: set[fx.Node] = set()
@@ -39,7 +39,6 @@ class Flow:
         self._from_batch: set[fx.Node] = set()  # by size only: these must be made again
         self._needs: dict[fx.Node, frozenset[fx.Node]] = {}
         self._last_use: dict[fx.Node, int] = {}
-        macs = node_macs(gm)
         for node in gm.graph.nodes:
             self._classify(gm, node, macs[node])
             self._note_uses(node)
@@ -60,9 +59,23 @@ class Flow:
 
     def live_after(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """Values computed up to `node` that later nodes need, in graph order."""
-        at = self.order[node]
-        live = [n for n, last in self._last_use.items() if self.order[n] <= at < last]
-        return tuple(sorted(live, key=self.order.__getitem__))
+        return self._live[node]
+
+    @cached_property
+    def _live(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
+        """What is live after each node, by one walk that drops every value at its last use."""
+        last_used: dict[int, list[fx.Node]] = {}
+        for node, last in self._last_use.items():
+            last_used.setdefault(last, []).append(node)
+        live: dict[fx.Node, None] = {}
+        after = {}
+        for node, at in self.order.items():
+            for done in last_used.get(at, ()):
+                del live[done]
+            if node in self._last_use:
+                live[node] = None
+            after[node] = tuple(live)
+        return after
 
     def entering(self, nodes: Collection[fx.Node]) -> tuple[fx.Node, ...]:
         """What a stretch of the graph needs of the rest, in graph order."""

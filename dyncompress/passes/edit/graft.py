@@ -4,6 +4,8 @@ import torch
 from torch import fx, nn
 
 from ..capture.capture import capture
+from ..graph.module_tree import sharing
+from ..graph.rewriter import Rewriter
 from ..modules.exit_heads import ExitHead
 
 
@@ -19,16 +21,8 @@ def insert_head(gm: fx.GraphModule, path: str, head: nn.Module, inputs: tuple[fx
         return call
     examples = tuple(torch.zeros(2, *n.meta["val"].shape[1:], dtype=n.meta["val"].dtype) for n in inputs)
     taken = capture(head.to(examples[0].dtype), examples)
-    gm.add_submodule(path, container(taken).to(reference.device).train(gm.training))
+    gm.add_submodule(path, sharing(taken).to(reference.device).train(gm.training))
     return inline(gm, path, taken, inputs, after)
-
-
-def container(module: nn.Module) -> nn.Module:
-    """A plain module that holds what another one holds; what is added to it, the other does not get."""
-    plain = nn.Module()
-    plain._modules, plain._parameters = dict(module._modules), dict(module._parameters)
-    plain._buffers = dict(module._buffers)
-    return plain
 
 
 def inline(
@@ -36,14 +30,13 @@ def inline(
 ) -> fx.Node:
     """Writes the operators of `taken`, whose modules are at `path`, after a node; returns its result."""
     placeholders = taken.graph.find_nodes(op="placeholder")
-    copies: dict[fx.Node, fx.Node] = dict(zip(placeholders, inputs, strict=True))
+    rewriter = Rewriter(gm.graph, below=path)
+    rewriter.copies.update(zip(placeholders, inputs, strict=True))
     (result,) = taken.graph.output_node().all_input_nodes
     for node in taken.graph.nodes:
         if node.op in {"placeholder", "output"}:
             continue
         with gm.graph.inserting_after(after):
-            after = copies[node] = gm.graph.node_copy(node, copies.__getitem__)
-        if node.op in {"call_module", "get_attr"}:
-            after.target = f"{path}.{node.target}"
+            after = rewriter.copy(node)
         after.meta["path"] = f"{path}.{node.meta.get('path', '')}".rstrip(".")
-    return copies[result]
+    return rewriter.copies[result]

@@ -1,12 +1,12 @@
-"""What a graph puts out: which output holds the logits, all logits of a graph with exits, what they need."""
+"""What a graph puts out: which output holds the logits, all logits of a graph with exits or gates."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, fx
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
+from ..graph.call_structure import nested_output, plain_output
 from ..graph.meta import is_dynamic
 
 OWN = "own"  # for `exits`: the classifiers of a model that has several
@@ -21,18 +21,6 @@ def all_logits(gm: fx.GraphModule) -> list[fx.Node]:
     if not is_dynamic(gm):
         raise RequestError("the graph has neither exits nor skip gates; run InsertExits on it first, or InsertGates")
     return list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-
-
-def needed_for(outputs: Iterable[fx.Node]) -> set[fx.Node]:
-    """Everything that these nodes are computed from, and they themselves."""
-    found = set(outputs)
-    queue = list(found)
-    while queue:
-        for node in queue.pop().all_input_nodes:
-            if node not in found:
-                found.add(node)
-                queue.append(node)
-    return found
 
 
 def find_logits(gm: fx.GraphModule) -> fx.Node:
@@ -65,11 +53,7 @@ def is_logits(node: fx.Node) -> bool:
 
 def _named_logits(gm: fx.GraphModule) -> fx.Node | None:
     """The output under the key or attribute `logits` of the user's own output structure."""
-    info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    if info.out_spec is None:
-        return None
-    flat = pytree.tree_leaves(gm.graph.output_node().args[0])
-    output = pytree.tree_unflatten(flat, info.out_spec)
+    output = nested_output(gm.graph)
     named = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
     return named if isinstance(named, fx.Node) else None
 
@@ -77,10 +61,4 @@ def _named_logits(gm: fx.GraphModule) -> fx.Node | None:
 def set_logits(gm: fx.GraphModule, logits: Sequence[fx.Node]) -> None:
     """Lets a graph return these logits, early first: the plain tuple of them, or the last where it is not dynamic."""
     gm.graph.output_node().args = (tuple(logits) if is_dynamic(gm) else logits[-1],)
-    plain_outputs(gm.graph)
-
-
-def plain_outputs(graph: fx.Graph) -> None:
-    """Lets a graph return its output as it stands; its call keeps the user's own structure."""
-    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(info.orig_args, info.in_spec, None)))
+    plain_output(gm.graph)

@@ -5,10 +5,9 @@ from functools import partial
 from torch import fx
 
 from ...errors import RequestError
-from ..dims.rule_registry import Typing
-from ..edit.cut_points import cut_points
+from ..edit.analysis import Analysis
 from ..gates.read_gates import inside_gates
-from ..graph.cost import count_macs, count_parameters
+from ..graph.cost import count_parameters
 from ..modules.exit_heads import VectorHead
 from .head_choice import Place
 from .head_spec import head_spec
@@ -19,17 +18,17 @@ _HEAD_MACS, _HEAD_PARAMETERS = 0.005, 0.1  # shares of the model up to which a h
 _DETOUR = 0.1  # share of the MACs that an exit may be off its place so that only one tensor crosses there
 
 
-def exit_places(gm: fx.GraphModule, types: Typing, logits: fx.Node) -> list[Place]:
+def exit_places(known: Analysis, logits: fx.Node) -> list[Place]:
     """Every cut point whose tensor a head can read, in graph order; not before a vocabulary's decoder, as dear.
 
     None is inside a branch that may be skipped.
     """
-    most_weights = int(min(_HEAD_MACS * count_macs(gm), _HEAD_PARAMETERS * count_parameters(gm)))
-    specs = ((p, head_spec(types, p.node, logits.meta["val"], most_weights)) for p in cut_points(gm, types))
-    total = count_macs(gm)
-    apart = {logits} | inside_gates(gm)
+    most_weights = int(min(_HEAD_MACS * known.total_macs, _HEAD_PARAMETERS * count_parameters(known.gm)))
+    answer = logits.meta["val"]
+    specs = ((point, head_spec(known.types, point.node, answer, most_weights)) for point in known.cut_points)
+    apart = {logits} | inside_gates(known.gm)
     found = [Place(point, spec) for point, spec in specs if spec is not None and point.node not in apart]
-    return [p for p in found if p.point.macs + p.position_macs < total]
+    return [p for p in found if p.point.macs + p.position_macs < known.total_macs]
 
 
 def after_every_block(places: list[Place], total: int) -> list[Place]:

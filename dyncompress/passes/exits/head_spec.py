@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from ..dims.channels import channel_dim
 from ..dims.rule_registry import Typing
+from ..graph.walk import uses
 
 aten = torch.ops.aten
 
@@ -47,17 +48,8 @@ def _finest_grid(space: list[int], most_cells: int) -> int:
 def _token_read(node: fx.Node) -> str:
     """ "first" or "last" where the model itself reads just that token of `node` or of what follows; else "mean"."""
     length = node.meta["val"].shape[1]
-    queue, seen = [node], {node}
-    while queue:
-        current = queue.pop()
-        for user in current.users:
-            token = _reads(user, current, length)
-            if token:
-                return token
-            if user not in seen:
-                seen.add(user)
-                queue.append(user)
-    return "mean"
+    read = (_reads(user, tokens, length) for user, tokens in uses(node))
+    return next(filter(None, read), "mean")
 
 
 def _reads(user: fx.Node, tokens: fx.Node, length: int) -> str | None:

@@ -7,16 +7,15 @@ from typing import ClassVar
 from torch import fx
 
 from ...errors import RequestError
-from ..dims.type_graph import type_graph
+from ..edit.analysis import analyse
 from ..edit.copied_tail import copy_tail
 from ..edit.flow import Flow
 from ..edit.graft import insert_head
 from ..edit.outputs import OWN, find_logits
-from ..graph.cost import count_macs, node_macs
-from ..graph.graph_pass import GraphPass, PassResult
-from ..graph.meta import exits_of
+from ..graph.cost import node_macs
+from ..graph.graph_pass import CAPTURED, HAS_EXITS, NO_EXITS, Condition, GraphPass, PassResult, no_module
 from ..modules.multi_layer_heads import Cascade, Ensemble
-from ..rewrites.unstack_recurrent import unstack_recurrent
+from ..rewrites.unstack_recurrent import UnstackRecurrent
 from .exit_places import EVERY, after_every_block, at_equal_shares, by_name, exit_places
 from .head_choice import CASCADE, COPY, HEAD_KINDS, Place, last_place_like, make_head
 from .keep_exits import finish_exits
@@ -52,7 +51,7 @@ class InsertExits(GraphPass[InsertedExits]):
     2. `exits` node names: after exactly these nodes;
     3. `exits` "every": after every block (see `blocks`);
     4. `exits` "own": the model's own classifiers, where it returns several logits of one shape, early first;
-    5. a recurrent module of several layers is unstacked first (see `unstack`), so that an exit can follow any of them.
+    5. a recurrent module of several layers is unstacked first, so that an exit can follow any of them.
 
     `head` is one of `HEAD_KINDS` (`head_choice`), the same for all. The heads become the modules ``exits.0``,
     ``exits.1``, ...; the graph's output becomes the plain tuple of every exit's logits, (batch, classes) or (batch,
@@ -63,6 +62,8 @@ class InsertExits(GraphPass[InsertedExits]):
     """
 
     name: ClassVar[str] = "insert-exits"
+    requires: ClassVar[tuple[Condition, ...]] = (CAPTURED, no_module("exits"), NO_EXITS)
+    ensures: ClassVar[tuple[Condition, ...]] = (HAS_EXITS,)
     exits: int | str | tuple[str, ...] = 3
     head: str = "auto"
 
@@ -77,22 +78,20 @@ class InsertExits(GraphPass[InsertedExits]):
             raise RequestError(f"head={self.head!r}: use one of {', '.join(HEAD_KINDS)}")
 
     def rewrite(self, gm: fx.GraphModule) -> PassResult[InsertedExits]:
-        if exits_of(gm) or hasattr(gm, "exits"):
-            raise RequestError("the model already has a module named 'exits'; insert all exits in one pass")
-        unstacked: list[str] = []
+        unstacked: tuple[str, ...] = ()
         if self.exits == OWN:
             if self.head != HEAD_KINDS[0]:
                 raise RequestError(f'exits="{OWN}" keeps the classifiers of the model: leave out head={self.head}')
             use_own_exits(gm)
         else:
             logits = find_logits(gm)
-            unstacked = unstack_recurrent(gm)
+            unstacked = UnstackRecurrent().rewrite(gm).report.paths
             self._add(gm, logits)
         return PassResult(gm, True, _report(gm, unstacked))
 
     def _add(self, gm: fx.GraphModule, logits: fx.Node) -> None:
-        types, total = type_graph(gm), count_macs(gm)
-        places = exit_places(gm, types, logits)
+        known = analyse(gm)
+        total, places = known.total_macs, exit_places(known, logits)
         if isinstance(self.exits, int):
             chosen = at_equal_shares(places, self.exits, total)
         elif self.exits == EVERY:
@@ -100,10 +99,10 @@ class InsertExits(GraphPass[InsertedExits]):
         else:
             assert isinstance(self.exits, tuple)
             chosen = by_name(places, self.exits)
-        _insert(gm, Flow(gm, types), logits, places, chosen, self.head)
+        _insert(gm, known.flow, logits, places, chosen, self.head)
 
 
-def _report(gm: fx.GraphModule, unstacked: list[str]) -> InsertedExits:
+def _report(gm: fx.GraphModule, unstacked: tuple[str, ...]) -> InsertedExits:
     extra, costs = exit_nodes(gm), node_macs(gm)
     spent = dict(zip(costs, accumulate(0 if n in extra else macs for n, macs in costs.items()), strict=True))
     total = max(spent.values())
@@ -113,7 +112,7 @@ def _report(gm: fx.GraphModule, unstacked: list[str]) -> InsertedExits:
         )
         for exit in graph_exits(gm)
     )
-    return InsertedExits(exits, total, tuple(unstacked))
+    return InsertedExits(exits, total, unstacked)
 
 
 def _insert(

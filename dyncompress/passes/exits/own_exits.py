@@ -4,7 +4,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
-from ..edit.outputs import OWN, is_logits, needed_for
+from ..edit.outputs import OWN, is_logits
+from ..graph.walk import upstream
 from .keep_exits import finish_exits
 
 
@@ -28,7 +29,7 @@ def use_own_exits(gm: fx.GraphModule) -> None:
 
 def _read_by_head(gm: fx.GraphModule, logits: list[fx.Node], k: int) -> fx.Node:
     """The one node that what only `logits[k]` needs starts from."""
-    own = needed_for([logits[k]]) - needed_for(logits[:k] + logits[k + 1 :])
+    own = upstream([logits[k]]) - upstream(logits[:k] + logits[k + 1 :])
     read = {n.name: n for node in own for n in node.all_input_nodes if n not in own}
     if len(read) != 1:
         raise RequestError(

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...errors import RequestError
-from ..edit.outputs import all_logits, needed_for
+from ..edit.outputs import all_logits
 from ..graph.meta import exits_of
+from ..graph.walk import upstream
 from ..modules.exit_heads import ExitHead
 
 
@@ -38,7 +39,7 @@ def graph_exits(gm: fx.GraphModule) -> list[Exit]:
     found = []
     for name, logits in zip(exits_of(gm), all_logits(gm)[:-1], strict=True):
         at = _followed(gm, name, logits)
-        nodes = _back_to(at, logits)
+        nodes = upstream([logits], stop={at})
         found.append(Exit(at, tuple(n for n in gm.graph.nodes if n in nodes), logits))
     return found
 
@@ -58,21 +59,10 @@ def _followed(gm: fx.GraphModule, name: str, logits: fx.Node) -> fx.Node:
     return found
 
 
-def _back_to(at: fx.Node, logits: fx.Node) -> set[fx.Node]:
-    """What lies between `at` and `logits`; parameters of it included."""
-    found, queue = {logits}, [logits]
-    while queue:
-        for node in queue.pop().all_input_nodes:
-            if node is not at and node not in found:
-                found.add(node)
-                queue.append(node)
-    return found
-
-
 def exit_nodes(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes of a graph with exits that its final answer does not need, but an early one does."""
     *early, final = all_logits(gm)
-    return needed_for(early) - needed_for([final])
+    return upstream(early) - upstream([final])
 
 
 def exit_modules(gm: fx.GraphModule) -> set[str]:

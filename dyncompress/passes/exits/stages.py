@@ -7,18 +7,21 @@ reach the modules and parameters of the whole graph through their child `trunk`,
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import fx, nn
 
 from ...errors import RequestError
-from ..dims.type_graph import type_graph
-from ..edit.flow import Flow, like, remake
-from ..edit.outputs import all_logits, plain_outputs
+from ..edit.analysis import Analysis, analyse
+from ..edit.flow import Flow, remake
+from ..edit.outputs import all_logits
 from ..gates.read_gates import graph_gates
 from ..gates.run_gated import Skipping
+from ..graph.call_structure import called_like, plain_output
 from ..graph.copying import LazyGraphModule
 from ..graph.cost import node_macs
 from ..graph.meta import gates_of
+from ..graph.rewriter import Rewriter
 from .read_exits import Exit, exit_nodes, graph_exits
 
 
@@ -44,62 +47,99 @@ class Stage:
     branch_macs: tuple[int, ...]
 
 
-def without_exits(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph inside a graph with exits: the user's own call, the final logits; shares all modules of `gm`.
-
-    Branches with a skip gate run on the samples that need them.
-    """
-    whole = _without(gm, exit_nodes(gm))
-    skipping = _skipping(gm, whole, Flow(whole, type_graph(whole))) if gates_of(gm) else None
-    if skipping is None:
-        return whole
-    graph, branches = fx.Graph(), nn.Module()
-    graph.set_codegen(whole.graph._codegen)
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in whole.graph.nodes:
-        skipping.copy(graph, branches, node, copies, copies.__getitem__)
-    return _body(gm, graph, branches)
-
-
-def _without(gm: fx.GraphModule, dropped: Collection[fx.Node]) -> fx.GraphModule:
-    """The final logits of a graph with exits, computed without some nodes that they do not need."""
-    graph = fx.Graph()
-    graph.set_codegen(gm.graph._codegen)
-    plain_outputs(graph)
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "output":
-            graph.output(copies[all_logits(gm)[-1]])
-        elif node not in dropped:
-            copies[node] = _copy_into(graph, node, copies)
-    return _body(gm, graph)
-
-
-def split_stages(gm: fx.GraphModule) -> list[Stage]:
-    """The K + 1 stages of a graph with K exits, early first.
+@dataclass(frozen=True)
+class StagedTrunk:
+    """A graph with exits or skip gates, and what it is run as; each part is made once, when it is first asked for.
 
     Raises:
         RequestError: the graph has neither exits nor skip gates, or an exit where it cannot be cut.
     """
-    exits = graph_exits(gm)
-    whole = _without(gm, {node for exit in exits for node in exit.nodes})
-    flow, head_macs = Flow(whole, type_graph(whole)), node_macs(gm)
-    skipping = _skipping(gm, whole, flow)
-    by_name = {node.name: node for node in whole.graph.nodes}
-    nodes = [n for n in whole.graph.nodes if n.op not in {"placeholder", "output"}]
-    live = tuple(whole.graph.find_nodes(op="placeholder"))
-    stages = []
-    for exit in exits:
-        at = by_name[exit.at.name]
-        end = nodes.index(at) + 1
-        crossing = _crossing(flow, at)
-        head = exit.module(gm) or _body(gm, _head_graph(exit))
-        stage = _stage(gm, skipping, live, nodes[:end], crossing, at)
-        stages.append(replace(stage, head=head, head_macs=sum(head_macs[n] for n in exit.nodes)))
-        nodes, live = nodes[end:], crossing
-    logits = whole.graph.output_node().args[0]
-    assert isinstance(logits, fx.Node)
-    return [*stages, _stage(gm, skipping, live, nodes, (logits,), logits)]
+
+    gm: fx.GraphModule
+
+    @cached_property
+    def static(self) -> fx.GraphModule:
+        """The graph without its exits: the user's own call, the final logits; shares all modules of `gm`.
+
+        Branches with a skip gate run on the samples that need them.
+        """
+        shared = self._early == self._heads
+        if not self._gated:
+            return self._whole.gm if shared else _without(self.gm, self._early)
+        known = self._whole if shared else analyse(_without(self.gm, self._early))
+        rewriter, branches = Rewriter(called_like(known.gm.graph)), nn.Module()
+        skipping = _skipping(self.gm, known)
+        for node in known.gm.graph.nodes:
+            skipping.copy(rewriter, branches, node)
+        return _body(self.gm, rewriter.graph, branches)
+
+    @cached_property
+    def static_macs(self) -> int:
+        """MACs per sample of `static` with no branch skipped."""
+        return sum(macs for node, macs in self._macs.items() if node not in self._early)
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """The K + 1 stages of a graph with K exits, early first."""
+        whole, skipping = self._whole, _skipping(self.gm, self._whole)
+        by_name = {node.name: node for node in whole.gm.graph.nodes}
+        nodes = [n for n in whole.gm.graph.nodes if n.op not in {"placeholder", "output"}]
+        live = tuple(whole.gm.graph.find_nodes(op="placeholder"))
+        stages = []
+        for exit in self._exits:
+            at = by_name[exit.at.name]
+            end = nodes.index(at) + 1
+            crossing = _crossing(whole.flow, at)
+            head = exit.module(self.gm) or _body(self.gm, _head_graph(exit))
+            stage = _stage(self.gm, skipping, live, nodes[:end], crossing, at)
+            stages.append(replace(stage, head=head, head_macs=sum(self._macs[n] for n in exit.nodes)))
+            nodes, live = nodes[end:], crossing
+        logits = whole.gm.graph.output_node().args[0]
+        assert isinstance(logits, fx.Node)
+        return [*stages, _stage(self.gm, skipping, live, nodes, (logits,), logits)]
+
+    @property
+    def _gated(self) -> bool:
+        return bool(gates_of(self.gm))
+
+    @cached_property
+    def _exits(self) -> list[Exit]:
+        return graph_exits(self.gm)
+
+    @cached_property
+    def _heads(self) -> set[fx.Node]:
+        return {node for exit in self._exits for node in exit.nodes}
+
+    @cached_property
+    def _early(self) -> set[fx.Node]:
+        """The heads, and what later exits read of earlier ones."""
+        return exit_nodes(self.gm)
+
+    @cached_property
+    def _macs(self) -> dict[fx.Node, int]:
+        return node_macs(self.gm)
+
+    @cached_property
+    def _whole(self) -> Analysis:
+        """What the stages are cut out of."""
+        return analyse(_without(self.gm, self._heads))
+
+
+def split_stages(gm: fx.GraphModule) -> list[Stage]:
+    """The stages of a graph, see `StagedTrunk`."""
+    return StagedTrunk(gm).stages
+
+
+def _without(gm: fx.GraphModule, dropped: Collection[fx.Node]) -> fx.GraphModule:
+    """The final logits of a graph with exits, computed without some nodes that they do not need."""
+    rewriter = Rewriter(called_like(gm.graph), below="trunk")
+    plain_output(rewriter.graph)
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            rewriter.graph.output(rewriter.copies[all_logits(gm)[-1]])
+        elif node not in dropped:
+            rewriter.copy(node)
+    return _body(gm, rewriter.graph)
 
 
 def _crossing(flow: Flow, at: fx.Node) -> tuple[fx.Node, ...]:
@@ -115,22 +155,21 @@ def _crossing(flow: Flow, at: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _head_graph(exit: Exit) -> fx.Graph:
-    graph = fx.Graph()
-    copies = {exit.at: like(exit.at, graph.placeholder(exit.at.name))}
+    rewriter = Rewriter(fx.Graph(), below="trunk")
+    rewriter.stand_in(exit.at)
     for node in exit.nodes:
-        copies[node] = _copy_into(graph, node, copies)
-    graph.output(copies[exit.logits])
-    return graph
+        rewriter.copy(node)
+    rewriter.graph.output(rewriter.copies[exit.logits])
+    return rewriter.graph
 
 
-def _skipping(gm: fx.GraphModule, whole: fx.GraphModule, flow: Flow) -> Skipping:
+def _skipping(gm: fx.GraphModule, whole: Analysis) -> Skipping:
     """What runs the gated branches of `whole`, which has the nodes of `gm`."""
 
     def body(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:
-        return _piece(gm, Skipping(whole, [], flow, body, macs), inputs, nodes, outputs)
+        return _piece(gm, Skipping(whole, [], body), inputs, nodes, outputs)
 
-    macs = node_macs(whole)
-    return Skipping(whole, graph_gates(gm, whole.graph), flow, body, macs)
+    return Skipping(whole, graph_gates(gm, whole.gm.graph), body)
 
 
 def _stage(
@@ -148,8 +187,8 @@ def _stage(
         at=at.name,
         inputs=[n.name for n in inputs],
         outputs=[n.name for n in outputs],
-        per_sample=[skipping.flow.per_sample(n) for n in outputs],
-        macs=sum(skipping.macs[n] for n in nodes),
+        per_sample=[skipping.known.flow.per_sample(n) for n in outputs],
+        macs=sum(skipping.known.macs[n] for n in nodes),
         head_macs=0,
         branch_macs=tuple(map(skipping.branch_macs, gates)),
     )
@@ -162,44 +201,28 @@ def _piece(
     nodes: Iterable[fx.Node],
     outputs: Sequence[fx.Node],
 ) -> fx.GraphModule:
-    graph, branches, flow = fx.Graph(), nn.Module(), skipping.flow
-    copies: dict[fx.Node, fx.Node] = {}
+    flow, branches = skipping.known.flow, nn.Module()
+    rewriter = Rewriter(fx.Graph(), missing=lambda node: remake(rewriter.graph, node, anchor, rewriter.fetch))
     for node in inputs:
-        copies[node] = like(node, graph.create_node("placeholder", node.name, name=node.name))
-    anchor = next(copies[n] for n in inputs if flow.per_sample(n))
-
-    def fetch(node: fx.Node) -> fx.Node:
-        """The stage's own copy of a value; what is remade is made where it is first needed."""
-        if node not in copies:
-            copies[node] = remake(graph, node, anchor, fetch)
-        return copies[node]
-
+        rewriter.stand_in(node)
+    anchor = next(rewriter.copies[n] for n in inputs if flow.per_sample(n))
     for node in nodes:
-        if node not in flow.remade:
-            skipping.copy(graph, branches, node, copies, fetch)
-    graph.output(tuple(fetch(n) for n in outputs))
-    return _body(gm, graph, branches)
+        if node not in flow.remade:  # what is remade is made where it is first needed
+            skipping.copy(rewriter, branches, node)
+    rewriter.graph.output(tuple(rewriter.fetch(n) for n in outputs))
+    return _body(gm, rewriter.graph, branches)
 
 
 def with_outputs(gm: fx.GraphModule, nodes: list[fx.Node]) -> fx.GraphModule:
     """A graph with exits that returns (its logits, the values of some nodes); shares all modules of `gm`."""
-    graph = fx.Graph()
-    graph.set_codegen(gm.graph._codegen)
-    copies: dict[fx.Node, fx.Node] = {}
+    rewriter = Rewriter(called_like(gm.graph), below="trunk")
     for node in gm.graph.nodes:
         if node.op == "output":
-            graph.output((tuple(copies[n] for n in all_logits(gm)), tuple(copies[n] for n in nodes)))
+            both = (all_logits(gm), nodes)
+            rewriter.graph.output(tuple(tuple(rewriter.copies[n] for n in values) for values in both))
         else:
-            copies[node] = _copy_into(graph, node, copies)
-    return _body(gm, graph)
-
-
-def _copy_into(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-    """A copy that finds its module or tensor in the body's child `trunk`."""
-    made = graph.node_copy(node, copies.__getitem__)
-    if node.op in {"call_module", "get_attr"}:
-        made.target = f"trunk.{node.target}"
-    return made
+            rewriter.copy(node)
+    return _body(gm, rewriter.graph)
 
 
 def _body(trunk: fx.GraphModule, graph: fx.Graph, branches: nn.Module | None = None) -> fx.GraphModule:

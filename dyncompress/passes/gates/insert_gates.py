@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import RequestError
-from ..axes.branches import Branch, find_branches
+from ..axes.branches import Branch
 from ..capture.capture import capture
 from ..dims.channels import channel_dim
-from ..dims.rule_registry import Typing
-from ..dims.type_graph import type_graph
+from ..edit.analysis import Analysis, analyse
 from ..edit.flow import Flow
-from ..edit.graft import container, inline, insert_head
-from ..edit.outputs import find_logits, plain_outputs
-from ..graph.cost import node_macs
-from ..graph.graph_pass import GraphPass, PassResult
-from ..graph.meta import GateNames, exits_of, gates_of, set_gates
+from ..edit.graft import inline, insert_head
+from ..edit.outputs import find_logits
+from ..graph.call_structure import plain_output
+from ..graph.cost import count_macs
+from ..graph.graph_pass import CAPTURED, HAS_GATES, NO_GATES, Condition, GraphPass, PassResult, no_module
+from ..graph.meta import GateNames, exits_of, set_gates
+from ..graph.module_tree import sharing
 from ..modules.gate_modules import ConvGate, Embedding, PolicyNetwork, PooledGate, RecurrentGate
 
 aten = torch.ops.aten
@@ -56,6 +57,8 @@ class InsertGates(GraphPass[InsertedGates]):
     """
 
     name: ClassVar[str] = "insert-gates"
+    requires: ClassVar[tuple[Condition, ...]] = (CAPTURED, no_module("gates"), NO_GATES)
+    ensures: ClassVar[tuple[Condition, ...]] = (HAS_GATES,)
     gate: str = POOLED
     branches: tuple[str, ...] | None = None
 
@@ -66,29 +69,27 @@ class InsertGates(GraphPass[InsertedGates]):
             raise RequestError(f"gate={self.gate!r}: use one of {', '.join(GATES)}")
 
     def rewrite(self, gm: fx.GraphModule) -> PassResult[InsertedGates]:
-        if gates_of(gm) or hasattr(gm, "gates"):
-            raise RequestError("the model already has a module named 'gates'; insert all gates in one pass")
         if not exits_of(gm):
             _answer_alone(gm, find_logits(gm))
-        types = type_graph(gm)
-        chosen, left = self._chosen(gm, types)
-        before = sum(node_macs(gm).values())
-        records = _insert(gm, types, chosen, self.gate)
+        known = analyse(gm)
+        chosen, left = self._chosen(known)
+        before = known.total_macs
+        records = _insert(gm, chosen, self.gate)
         set_gates(gm, records)
         gm.graph.lint()
         gm.recompile()
-        spent = sum(node_macs(gm).values()) - before
+        spent = count_macs(gm) - before
         if spent > _CHEAP * before:
             warnings.warn(f"the {self.gate} gates cost {spent / before:.1%} of the model's MACs", stacklevel=3)
         return PassResult(gm, True, InsertedGates(tuple(b.branch.name for b in chosen), left, spent / before))
 
-    def _chosen(self, gm: fx.GraphModule, types: Typing) -> "tuple[list[_Place], dict[str, str]]":
-        places, left = gate_places(gm, types)
+    def _chosen(self, known: Analysis) -> "tuple[list[_Place], dict[str, str]]":
+        places, left = gate_places(known)
         if self.branches is not None:
-            known = {place.branch.name for place in places}
+            able = {place.branch.name for place in places}
             for name in self.branches:
-                if name not in known:
-                    reason = left.get(name, f"those that can be skipped are {', '.join(sorted(known)) or 'none'}")
+                if name not in able:
+                    reason = left.get(name, f"those that can be skipped are {', '.join(sorted(able)) or 'none'}")
                     raise RequestError(f"no gate can skip {name!r}: {reason}")
             places = [place for place in places if place.branch.name in self.branches]
         if not places:
@@ -107,13 +108,13 @@ class _Place:
     channel_dim: int
 
 
-def gate_places(gm: fx.GraphModule, types: Typing) -> tuple[list[_Place], dict[str, str]]:
+def gate_places(known: Analysis) -> tuple[list[_Place], dict[str, str]]:
     """The innermost branches that can run on some of the samples alone, in graph order; and why others cannot."""
-    flow, macs = Flow(gm, types), node_macs(gm)
     places: list[_Place] = []
     left: dict[str, str] = {}
-    for branch in find_branches(types):
-        found = _place(flow, types, branch) if any(macs[n] for n in branch.nodes) else "it computes next to nothing"
+    for branch in known.branches:
+        costs = any(known.macs[n] for n in branch.nodes)
+        found = _place(known.flow, branch) if costs else "it computes next to nothing"
         if isinstance(found, str):
             left[branch.name] = found
         else:
@@ -123,7 +124,7 @@ def gate_places(gm: fx.GraphModule, types: Typing) -> tuple[list[_Place], dict[s
     return inner, left
 
 
-def _place(flow: Flow, types: Typing, branch: Branch) -> _Place | str:
+def _place(flow: Flow, branch: Branch) -> _Place | str:
     """Where the gate of a branch goes, or why it has none."""
     end = next(n for n in branch.total.all_input_nodes if n is not branch.shortcut)
     entering = flow.entering(branch.nodes)
@@ -136,7 +137,7 @@ def _place(flow: Flow, types: Typing, branch: Branch) -> _Place | str:
         return f"{end.name} and {branch.shortcut.name}, which are added, are of different types"
     for node in entering:
         if node in flow.learned and flow.per_sample(node) and node.meta["val"].is_floating_point():
-            dim = channel_dim(types, node) if node.meta["val"].dim() > 2 else 1
+            dim = channel_dim(flow.types, node) if node.meta["val"].dim() > 2 else 1
             if dim:
                 return _Place(branch, end, node, dim)
     return "nothing that enters it has features for a gate to read"
@@ -148,12 +149,12 @@ def _place(flow: Flow, types: Typing, branch: Branch) -> _Place | str:
 def _answer_alone(gm: fx.GraphModule, logits: fx.Node) -> None:
     """Lets the graph return the tuple of its logits, as one with exits does."""
     gm.graph.output_node().args = ((logits,),)
-    plain_outputs(gm.graph)
+    plain_output(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
 
 
-def _insert(gm: fx.GraphModule, types: Typing, places: list[_Place], kind: str) -> list[GateNames]:
+def _insert(gm: fx.GraphModule, places: list[_Place], kind: str) -> list[GateNames]:
     gm.add_submodule("gates", nn.Module())
     logits = _WRITERS[kind](gm, places)
     records = []
@@ -211,7 +212,7 @@ def _side(val: Tensor, channel_dim: int) -> int:
 def _recurrent(gm: fx.GraphModule, places: list[_Place]) -> list[fx.Node]:
     """A cell that all gates share: its modules are written once, its calls for every gate."""
     reference, cell = next(gm.parameters()), RecurrentGate()
-    gm.add_submodule("gates.cell", container(cell).to(reference.device, reference.dtype).train(gm.training))
+    gm.add_submodule("gates.cell", sharing(cell).to(reference.device, reference.dtype).train(gm.training))
     state: fx.Node | None = None
     logits = []
     for k, place in enumerate(places):

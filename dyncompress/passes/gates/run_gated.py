@@ -3,15 +3,17 @@
 total = shortcut + branch * open     becomes     total[open] = shortcut[open] + branch(what enters it [open])
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..edit.flow import Flow, like
+from ..edit.analysis import Analysis
+from ..edit.flow import like
 from ..edit.sample_rows import add_rows_, take_rows
 from ..graph.aliasing import aliases, is_fresh, overwritten
+from ..graph.rewriter import Rewriter
 from .read_gates import Gate
 
 Body = Callable[[Sequence[fx.Node], Sequence[fx.Node], Sequence[fx.Node]], fx.GraphModule]
@@ -69,48 +71,42 @@ class Skipping:
     """Copies a graph node by node, each gated branch as one call of a `GatedBranch`.
 
     Args:
-        gm: the graph.
+        known: of the graph.
         gates: whose branches are to be skipped; none: everything is copied as it is.
         body: makes a module of (inputs, nodes, outputs) of the graph.
-        macs: of every node.
     """
 
-    def __init__(
-        self, gm: fx.GraphModule, gates: list[Gate], flow: Flow, body: Body, macs: Mapping[fx.Node, int]
-    ) -> None:
-        self._gm, self.gates, self.flow, self._body, self.macs = gm, gates, flow, body, macs
+    def __init__(self, known: Analysis, gates: list[Gate], body: Body) -> None:
+        self.known, self.gates, self._body = known, gates, body
         self._at = {gate.total: gate for gate in gates}
         self._inside = {node for gate in gates for node in (*gate.nodes, *gate.scale)}
 
-    def copy(
-        self, graph: fx.Graph, owner: nn.Module, node: fx.Node, copies: dict[fx.Node, fx.Node],
-        fetch: Callable[[fx.Node], fx.Node],
-    ) -> None:  # fmt: skip
-        """Adds a node to `graph` and `copies`; what runs a branch becomes a module of `owner`."""
+    def copy(self, rewriter: Rewriter, owner: nn.Module, node: fx.Node) -> None:
+        """Copies a node; what runs a branch becomes a module of `owner`."""
         if node in self._at:
-            copies[node] = self._call(graph, owner, self._at[node], fetch)
+            rewriter.copies[node] = self._call(rewriter, owner, self._at[node])
         elif node not in self._inside:
-            copies[node] = graph.node_copy(node, fetch)
+            rewriter.copy(node)
 
     def branch_macs(self, gate: Gate) -> int:
-        return sum(self.macs[n] for n in gate.nodes)
+        return sum(self.known.macs[n] for n in gate.nodes)
 
-    def _call(self, graph: fx.Graph, owner: nn.Module, gate: Gate, fetch: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        entering = self.flow.entering(gate.nodes)
-        per_sample = [self.flow.per_sample(n) for n in entering]
+    def _call(self, rewriter: Rewriter, owner: nn.Module, gate: Gate) -> fx.Node:
+        entering = self.known.flow.entering(gate.nodes)
+        per_sample = [self.known.flow.per_sample(n) for n in entering]
         body = self._body(entering, gate.nodes, (gate.end,))
-        args = tuple(fetch(n) for n in (gate.open, gate.shortcut, *entering))
+        args = tuple(rewriter.fetch(n) for n in (gate.open, gate.shortcut, *entering))
         spent = args[1].op != "placeholder" and self._spent(gate)
-        fresh = is_fresh(self._gm, gate.end)
+        fresh = is_fresh(self.known.gm, gate.end)
         module = GatedBranch(body, per_sample, overwritten(gate.total), spent, fresh, self.branch_macs(gate))
         name = f"branch_{self.gates.index(gate)}"
         owner.add_module(name, module)
-        return like(gate.total, graph.create_node("call_module", name, args, name=gate.total.name))
+        return like(gate.total, rewriter.graph.create_node("call_module", name, args, name=gate.total.name))
 
     def _spent(self, gate: Gate) -> bool:
         """Whether nothing that is computed after a gated sum reads the memory of its shortcut."""
-        shortcut, order = gate.shortcut, self.flow.order
+        shortcut, order = gate.shortcut, self.known.flow.order
         before = self._at.get(shortcut)  # a gated sum too, which may be its own shortcut
-        own = self._spent(before) if before is not None else is_fresh(self._gm, shortcut)
+        own = self._spent(before) if before is not None else is_fresh(self.known.gm, shortcut)
         viewed = any(arg is shortcut for user in shortcut.users for arg, _ in aliases(user))
         return own and not viewed and all(order[user] <= order[gate.total] for user in shortcut.users)

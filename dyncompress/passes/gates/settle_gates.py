@@ -6,11 +6,11 @@ from typing import ClassVar
 from torch import fx
 
 from ...errors import RequestError
-from ..axes.branches import find_branches, remove_branches
-from ..dims.type_graph import type_graph
+from ..axes.branches import remove_branches
+from ..edit.analysis import analyse
 from ..edit.outputs import all_logits, set_logits
-from ..graph.graph_pass import GraphPass, PassResult
-from ..graph.meta import exits_of, gates_of, set_gates
+from ..graph.graph_pass import HAS_GATES, NO_EXITS, Condition, GraphPass, PassResult
+from ..graph.meta import gates_of, set_gates
 from .read_gates import graph_gates
 
 
@@ -37,6 +37,7 @@ class SettleGates(GraphPass[SettledGates]):
     """
 
     name: ClassVar[str] = "settle-gates"
+    requires: ClassVar[tuple[Condition, ...]] = (NO_EXITS, HAS_GATES)
     always: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
 
@@ -47,8 +48,6 @@ class SettleGates(GraphPass[SettledGates]):
             raise RequestError(f"a branch cannot run always and never: {', '.join(sorted(both))}")
 
     def rewrite(self, gm: fx.GraphModule) -> PassResult[SettledGates]:
-        if exits_of(gm):
-            raise RequestError("the model has exits: settle its gates before convert adds them")
         gates = {gate.branch: gate for gate in graph_gates(gm)}
         for name in (*self.always, *self.never):
             if name not in gates:
@@ -60,7 +59,7 @@ class SettleGates(GraphPass[SettledGates]):
         set_logits(gm, logits)
         gm.graph.eliminate_dead_code()
         if gone:
-            found = {(b.total.name, b.shortcut.name): b for b in find_branches(type_graph(gm))}
+            found = {(b.total.name, b.shortcut.name): b for b in analyse(gm).branches}
             for place, name in gone.items():
                 if place not in found:
                     raise RequestError(f"{name} cannot leave the model: name it in always, or leave it its gate")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, fx, nn
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from .module_tree import sharing
 from .nodes import attribute
 
 M = TypeVar("M", bound=nn.Module)
@@ -35,6 +36,13 @@ def deep_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     copied = _deepcopy(model, memo)
     for path, module in model.named_modules():  # a GraphModule copies buffers without this mark
         copied.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
+    return copied
+
+
+def graph_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own that calls the modules, and reads the parameters, of `gm`."""
+    copied = LazyGraphModule(sharing(gm), _deepcopy(gm.graph, {}))
+    copied.training, copied.meta = gm.training, copy.deepcopy(gm.meta)
     return copied
 
 

@@ -16,13 +16,14 @@ from torch import Tensor, fx, nn
 
 from ..modules.ragged_recurrent import RaggedRecurrent
 from .nodes import attribute
+from .walk import downstream
 
 aten = torch.ops.aten
 
 
 def node_macs(gm: fx.GraphModule) -> dict[fx.Node, int]:
     """MACs of every node for one sample; work that does not depend on the batch counts whole."""
-    depends = _batch_dependent(gm.graph)
+    depends = downstream(gm.graph, [n for n in gm.graph.nodes if 0 in n.meta.get("dynamic", ())])
     macs = {}
     for node in gm.graph.nodes:
         whole = _whole_macs(gm, node)
@@ -45,15 +46,6 @@ def count_bytes(gm: nn.Module) -> int:
     """Bytes of parameters and buffers; tied ones count once."""
     tensors = {id(t): t for t in [*gm.parameters(), *gm.buffers()]}
     return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _batch_dependent(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that an input with a batch reaches, by value or by size."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if 0 in node.meta.get("dynamic", ()) or any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _whole_macs(gm: fx.GraphModule, node: fx.Node) -> int:

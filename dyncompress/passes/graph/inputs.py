@@ -7,6 +7,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
+from .call_structure import call_structure
 from .meta import FixedInput, Input, TensorInput, inputs_of
 
 
@@ -16,9 +17,8 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
     Raises:
         RequestError: the number, names, nesting, shapes or dtypes of the inputs are not the model's.
     """
-    info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
     values = _in_order(_argument_names(gm), args, kwargs)
-    flat = _flatten(values, info.in_spec)
+    flat = _flatten(values, call_structure(gm.graph).inputs)
     floats = next((p for p in gm.parameters() if p.is_floating_point()), None)
     for expected, leaf in zip(inputs_of(gm), flat, strict=True):
         _check(expected, leaf, floats)
@@ -79,7 +79,7 @@ class CallReader:
 
 
 def _argument_names(gm: fx.GraphModule) -> list[str]:
-    return [name for name in gm.graph._codegen.pytree_info.orig_args if name != "self"]  # type: ignore[attr-defined]
+    return [name for name in call_structure(gm.graph).arguments if name != "self"]
 
 
 def _in_order(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

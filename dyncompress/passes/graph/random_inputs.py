@@ -9,9 +9,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import RequestError
+from .call_structure import nested_inputs
 from .inputs import Inputs, batch_size, flat_inputs, split_inputs
 from .meta import FixedInput, TensorInput, inputs_of
 from .nodes import op_name
+from .walk import uses
 
 _KEEP_VALUES = {
     "view", "reshape", "flatten", "slice", "select", "squeeze", "unsqueeze", "expand", "transpose", "permute", "clone",
@@ -62,7 +64,7 @@ def given_inputs(gm: fx.GraphModule, inputs: Inputs, batch: int) -> list[Any]:
 
 def call_flat(function: Callable[..., Any], gm: fx.GraphModule, flat: Sequence[Any]) -> Any:
     """Calls `function` the way `gm` is called, from flat inputs."""
-    args, kwargs = pytree.tree_unflatten(flat, gm.graph._codegen.pytree_info.in_spec)  # type: ignore[attr-defined]
+    args, kwargs = nested_inputs(gm.graph, flat)
     return function(*args, **kwargs)
 
 
@@ -89,16 +91,9 @@ def _padded(shape: list[int], draw: torch.Generator) -> Tensor:
 
 def _table_rows(gm: fx.GraphModule, node: fx.Node) -> int | None:
     """The rows of the smallest embedding that `node` is an index into; None where it is no index."""
-    queue, seen, rows = [node], {node}, []
-    while queue:
-        current = queue.pop()
-        for user in current.users:
-            if (count := _embedding_rows(gm, user, current)) is not None:
-                rows.append(count)
-            elif user not in seen and user.op == "call_function" and op_name(user) in _KEEP_VALUES:
-                seen.add(user)
-                queue.append(user)
-    return min(rows, default=None)
+    read = uses(node, lambda user: user.op == "call_function" and op_name(user) in _KEEP_VALUES)
+    rows = (_embedding_rows(gm, user, index) for user, index in read)
+    return min((count for count in rows if count is not None), default=None)
 
 
 def _embedding_rows(gm: fx.GraphModule, user: fx.Node, index: fx.Node) -> int | None:

@@ -10,8 +10,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from ...errors import RequestError
-from ..graph.graph_pass import GraphPass, PassResult
+from ..graph.graph_pass import EVALUATING, Condition, GraphPass, PassResult
 from ..graph.restoring import evaluating
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -38,11 +37,10 @@ class FoldBatchNorm(GraphPass[FoldedNorms]):
     """
 
     name: ClassVar[str] = "fold-batch-norm"
+    requires: ClassVar[tuple[Condition, ...]] = (EVALUATING,)
     within: str = ""
 
     def rewrite(self, gm: fx.GraphModule) -> PassResult[FoldedNorms]:
-        if gm.training:
-            raise RequestError("fold-batch-norm is for inference: call eval() on the model first")
         calls: dict[int, list[str]] = {}
         for node in gm.graph.find_nodes(op="call_module"):
             for parameter in gm.get_submodule(str(node.target)).parameters():

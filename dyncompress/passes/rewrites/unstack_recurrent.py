@@ -1,38 +1,59 @@
-"""Unstacking: a recurrent module of several layers becomes its layers, one call each, so that an exit fits in between.
-
-1. the layers share the parameters of the module; `path` becomes the container of `path.0`, `path.1`, ...;
-2. dropout between the layers becomes `path.dropout`;
-3. a final state picked by number (``h[-1]``) comes from the layer it belongs to.
-
-A module that is given initial states, called twice, or whose states are read in another way stays as it is.
-"""
+"""Unstacking: a recurrent module of several layers becomes a call for each of them, so that an exit fits in between."""
 
 import operator
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..graph.graph_pass import GraphPass, PassResult
+
 aten = torch.ops.aten
 
 
-def unstack_recurrent(gm: fx.GraphModule) -> list[str]:
-    """Unstacks the recurrent modules of a graph in place; returns their paths."""
-    calls = gm.graph.find_nodes(op="call_module")
-    once = [n for n in calls if sum(n.target == other.target for other in calls) == 1]
-    done = []
-    for node in once:
-        module = gm.get_submodule(str(node.target))
-        if not isinstance(module, nn.LSTM | nn.GRU | nn.RNN) or module.num_layers == 1 or len(node.args) > 1:
-            continue
-        sequences = [u for u in node.users if u.args[1] == 0]
-        picks = [(pick, state) for u in node.users if u.args[1] == 1 for pick, state in _states(u, module)]
-        if all(_picks_one(pick) for pick, _ in picks):
-            _unstack(gm, node, module, sequences, picks)
-            done.append(str(node.target))
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    return done
+@dataclass(frozen=True)
+class Unstacked:
+    """The paths of the modules that became their layers."""
+
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class UnstackRecurrent(GraphPass[Unstacked]):
+    """Makes a call of each layer out of every recurrent module of several layers.
+
+    1. the layers share the parameters of the module; `path` becomes the container of `path.0`, `path.1`, ...;
+    2. dropout between the layers becomes `path.dropout`;
+    3. a final state picked by number (``h[-1]``) comes from the layer it belongs to.
+
+    A module that is given initial states, called twice, or whose states are read in another way stays as it is.
+    """
+
+    name: ClassVar[str] = "unstack-recurrent"
+
+    def rewrite(self, gm: fx.GraphModule) -> PassResult[Unstacked]:
+        calls = gm.graph.find_nodes(op="call_module")
+        number = Counter(node.target for node in calls)
+        done = tuple(str(node.target) for node in calls if number[node.target] == 1 and _try_unstack(gm, node))
+        if done:
+            gm.graph.eliminate_dead_code()
+            gm.recompile()
+        return PassResult(gm, bool(done), Unstacked(done))
+
+
+def _try_unstack(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Unstacks the module that a node calls, if it can; whether it did."""
+    module = gm.get_submodule(str(node.target))
+    if not isinstance(module, nn.LSTM | nn.GRU | nn.RNN) or module.num_layers == 1 or len(node.args) > 1:
+        return False
+    sequences = [u for u in node.users if u.args[1] == 0]
+    picks = [(pick, state) for u in node.users if u.args[1] == 1 for pick, state in _states(u, module)]
+    able = all(_picks_one(pick) for pick, _ in picks)
+    if able:
+        _unstack(gm, node, module, sequences, picks)
+    return able
 
 
 def _states(node: fx.Node, module: nn.RNNBase) -> list[tuple[fx.Node, int]]:

@@ -1,7 +1,7 @@
 """A plan: the slices of every tensor for a set of kept indices. It slices anything shaped like the parameters -
 weights, gradients, optimiser moments, an averaged copy, shards of a file - and it zeroes what it would remove."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +88,7 @@ def sliced_copy(gm: fx.GraphModule, scheme: Plan) -> fx.GraphModule:
     return copy_with(gm, {name: scheme.slice(name, attribute(gm, name).detach()) for name in scheme.kept})
 
 
-def plan(gm: fx.GraphModule, keep: Mapping[str, Tensor | list[int]]) -> Plan:
+def plan(gm: fx.GraphModule, keep: Mapping[str, Tensor | Sequence[int]]) -> Plan:
     """The plan that keeps `keep[axis name]` of each named axis and all of the others.
 
     Raises:

@@ -1,7 +1,8 @@
 """Shrink: slice every tensor by its dim types, then re-evaluate the sizes that modules and the graph spell out."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -9,13 +10,14 @@ from torch import Tensor, fx
 from ..axes.axes import Axes, as_keep, infer_axes
 from ..axes.branches import remove_branches
 from ..dims.dims import Atom, new_size
+from ..graph.graph_pass import CAPTURED, Condition, GraphPass, PassResult
 from .exact_counts import keep_counts
 from .fold_constants import fold_constants
 from .plan import masked_copy, plan_axes, sliced_copy
 from .resize_modules import resize_modules
 from .resize_ops import resize_ops
 
-KeepByName = Mapping[str, Tensor | list[int]]
+KeepByName = Mapping[str, Tensor | Sequence[int]]
 
 
 def shrink(gm: fx.GraphModule, keep: KeepByName, *, exact: bool = False) -> fx.GraphModule:
@@ -33,6 +35,32 @@ def shrink(gm: fx.GraphModule, keep: KeepByName, *, exact: bool = False) -> fx.G
     """
     axes = infer_axes(gm)
     return shrink_axes(axes, as_keep(axes, keep), exact=exact)
+
+
+@dataclass(frozen=True)
+class ShrunkAxes:
+    """How many indices stay of each axis that shrank, by its name."""
+
+    kept: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Shrink(GraphPass[ShrunkAxes]):
+    """`shrink` as a pass; `keep` holds the kept indices of each named axis."""
+
+    name: ClassVar[str] = "shrink"
+    requires: ClassVar[tuple[Condition, ...]] = (CAPTURED,)
+    keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", {name: tuple(map(int, kept)) for name, kept in self.keep.items()})
+
+    def rewrite(self, gm: fx.GraphModule) -> PassResult[ShrunkAxes]:
+        axes = infer_axes(gm)
+        keep = as_keep(axes, self.keep)
+        kept = {axis.name: len(keep[axis.atom]) for axis in axes if axis.atom in keep}
+        return PassResult(shrink_axes(axes, keep, exact=self.exact), bool(keep), ShrunkAxes(kept))
 
 
 def shrink_axes(axes: Axes, keep: Mapping[Atom, Tensor], *, exact: bool = False) -> fx.GraphModule:

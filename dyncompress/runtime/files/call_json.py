@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from ...errors import DynCompressError, RequestError
+from ...passes.graph.call_structure import CallStructure, call_structure, is_plain, set_call_structure
 from .json_values import decode, encode
 
 _LEAF = "*"
@@ -25,17 +25,10 @@ def encode_call(graph: fx.Graph) -> dict[str, Any] | None:
     Raises:
         DynCompressError: an input or the output is of a registered type that does not tell its field names.
     """
-    codegen = graph._codegen
-    if type(codegen) is CodeGen:
+    if is_plain(graph):
         return None
-    if type(codegen) is not _PyTreeCodeGen:
-        raise DynCompressError("this graph's call structure cannot be saved: save what dyncompress.capture returned")
-    info = codegen.pytree_info
-    return {
-        "arguments": list(info.orig_args),
-        "inputs": _encode(info.in_spec),
-        "output": None if info.out_spec is None else _encode(info.out_spec),
-    }
+    arguments, inputs, output = call_structure(graph)
+    return {"arguments": arguments, "inputs": _encode(inputs), "output": None if output is None else _encode(output)}
 
 
 def set_call(graph: fx.Graph, call: dict[str, Any] | None) -> None:
@@ -56,7 +49,7 @@ def set_call(graph: fx.Graph, call: dict[str, Any] | None) -> None:
         raise RequestError(f"its {len(placeholders)} inputs do not fit its call structure of {inputs.num_leaves}")
     if output is not None and (not isinstance(leaves, list | tuple) or output.num_leaves != len(leaves)):
         raise RequestError(f"its outputs do not fit its output structure of {output.num_leaves}")
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, inputs, output)))
+    set_call_structure(graph, CallStructure(arguments, inputs, output))
 
 
 def check_identifier(name: Any) -> None:

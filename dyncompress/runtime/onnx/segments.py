@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import DynCompressError
 from ...passes.exits.stages import Stage, split_stages
+from ...passes.graph.call_structure import nested_output
 from ...passes.graph.meta import TensorInput, inputs_of
 from ...passes.graph.random_inputs import call_flat
 from ..predict.dynamic import DynamicModel
@@ -205,10 +206,8 @@ def trace_static(gm: fx.GraphModule, flat: Sequence[Any], opset: int) -> tuple[i
 
 def output_names(gm: fx.GraphModule) -> list[str]:
     """A name for each tensor that a graph returns: its key there, else `output_0`, ...; a lone one (N, C): `logits`."""
-    returned, spec = gm.graph.output_node().args[0], gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-    output = returned if spec is None else pytree.tree_unflatten(pytree.tree_leaves(returned), spec)
     names = []
-    for path, node in pytree.tree_flatten_with_path(output)[0]:
+    for path, node in pytree.tree_flatten_with_path(nested_output(gm.graph))[0]:
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
         if not isinstance(value, Tensor):
             continue

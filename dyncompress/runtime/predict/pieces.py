@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ...passes.exits.stages import Stage, split_stages, without_exits
+from ...passes.exits.stages import Stage, StagedTrunk
 from ...passes.gates.run_gated import GatedBranch
-from ...passes.graph.cost import count_macs
 from ...passes.graph.inputs import CallReader
 from ...passes.graph.meta import inputs_of
 from ...passes.graph.restoring import evaluating
@@ -93,9 +92,9 @@ class Pieces:
 
     def __init__(self, trunk: fx.GraphModule) -> None:
         self.graph = trunk.graph
-        self.static = without_exits(trunk)
-        self.stages: list[Stage] = split_stages(trunk)
-        self.static_macs = count_macs(self.static)
+        staged = StagedTrunk(trunk)
+        self.stages: list[Stage] = staged.stages
+        self.static, self.static_macs = staged.static, staged.static_macs
         self.calls = CallReader(trunk)
         self._bytes = [largest_value_bytes(stage.body, inputs_of(trunk)) for stage in self.stages]
         self.per_sample = [given.per_sample for given in inputs_of(trunk)]

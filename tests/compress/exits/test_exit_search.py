@@ -19,7 +19,7 @@ from dyncompress.compress.options.steps import Convert
 from dyncompress.compress.recipes.recipe import read_recipe
 from dyncompress.passes.exits.head_choice import HEAD_KINDS
 from dyncompress.passes.exits.insert_exits import InsertExits
-from dyncompress.passes.exits.keep_exits import keep_exits
+from dyncompress.passes.exits.keep_exits import KeepExits
 from dyncompress.passes.graph.meta import exits_of
 from dyncompress.runtime.predict.dynamic import DynamicModel
 
@@ -65,7 +65,7 @@ def test_an_exit_that_does_not_pay_is_not_kept() -> None:
 def test_kept_exits_answer_as_before() -> None:
     gm = InsertExits("every")(dc.capture(on_digits(), torch.randn(2, 1, 8, 8))).gm.eval()
     assert len(exits_of(gm)) > 2
-    small, x = keep_exits(gm, [1]), torch.randn(3, 1, 8, 8)
+    small, x = KeepExits((1,))(gm).gm, torch.randn(3, 1, 8, 8)
     assert exits_of(small) == exits_of(gm)[1:2] and len(gm(x)) > len(small(x)) == 2
     assert torch.equal(small(x)[0], gm(x)[1]) and torch.equal(small(x)[1], gm(x)[-1])
     assert [name for name, _ in small.exits.named_children()] == ["1"]

@@ -8,8 +8,8 @@ import torch
 from torch import fx, nn
 
 import dyncompress as dc
-from dyncompress.passes.exits.keep_exits import keep_exits
-from dyncompress.passes.gates.remove_gates import without_gates
+from dyncompress.passes.exits.keep_exits import KeepExits
+from dyncompress.passes.gates.remove_gates import RemoveGates
 from dyncompress.passes.graph import meta
 
 PACKAGE = Path(dc.__file__).parent
@@ -76,8 +76,8 @@ def test_without_exits_and_gates_a_graph_answers_as_a_static_one() -> None:
     early, gated = dc.InsertExits(1)(gm).gm, dc.InsertGates()(gm).gm
     with torch.no_grad():
         expected = gm(x, True)
-        for plain in (keep_exits(early, []), without_gates(gated)):
+        for plain in (KeepExits()(early).gm, RemoveGates()(gated).gm):
             assert not meta.is_dynamic(plain) and torch.equal(plain(x, True), expected)
         gated_exit = dc.InsertExits(1)(gated).gm
-        for still in (keep_exits(gated_exit, []), without_gates(gated_exit), early, gated):
+        for still in (KeepExits()(gated_exit).gm, RemoveGates()(gated_exit).gm, early, gated):
             assert meta.is_dynamic(still) and isinstance(still(x, True), tuple)
