@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from .passes.capture.capture import capture
     from .passes.capture.capture_empty import capture_empty
     from .passes.exits.insert_exits import InsertExits
+    from .passes.exits.keep_exits import KeepExits
     from .passes.gates.insert_gates import InsertGates
+    from .passes.gates.remove_gates import RemoveGates
+    from .passes.gates.settle_gates import SettleGates
     from .passes.pipeline import Pipeline
     from .passes.rewrites.fold_batch_norm import FoldBatchNorm
     from .passes.rewrites.low_rank import LowRank
+    from .passes.rewrites.unstack_recurrent import UnstackRecurrent
     from .passes.shrink.plan import Plan, plan
-    from .passes.shrink.shrink import mask, shrink
+    from .passes.shrink.shrink import Shrink, mask, shrink
     from .passes.shrink.verify import Verification, verify
     from .runtime.files.checkpoint import load, read_info, save
     from .runtime.onnx.export import export_onnx
@@ -43,12 +47,16 @@ _HOMES = {
     "passes.axes.axes": ("Axis", "infer_axes"),
     "passes.capture.capture": ("capture",),
     "passes.exits.insert_exits": ("InsertExits",),
+    "passes.exits.keep_exits": ("KeepExits",),
     "passes.rewrites.fold_batch_norm": ("FoldBatchNorm",),
     "passes.gates.insert_gates": ("InsertGates",),
+    "passes.gates.remove_gates": ("RemoveGates",),
+    "passes.gates.settle_gates": ("SettleGates",),
     "passes.pipeline": ("Pipeline",),
     "passes.rewrites.low_rank": ("LowRank",),
+    "passes.rewrites.unstack_recurrent": ("UnstackRecurrent",),
     "passes.shrink.plan": ("Plan", "plan"),
-    "passes.shrink.shrink": ("mask", "shrink"),
+    "passes.shrink.shrink": ("Shrink", "mask", "shrink"),
     "compress.pruning.compare": ("Comparison", "compare"),
     "compress.exits.convert": ("convert",),
     "compress.exits.convert_report": ("ConvertReport", "PerPositionReport"),
@@ -86,6 +94,7 @@ __all__ = [
     "GateReport",
     "InsertExits",
     "InsertGates",
+    "KeepExits",
     "LowRank",
     "PerPositionReport",
     "Pipeline",
@@ -93,8 +102,12 @@ __all__ = [
     "Prediction",
     "PruneReport",
     "PruneWeightsReport",
+    "RemoveGates",
     "RequestError",
+    "SettleGates",
+    "Shrink",
     "SparsifyReport",
+    "UnstackRecurrent",
     "Verification",
     "as_sparse",
     "capture",

@@ -8,14 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import dyncompress as dc
-from dyncompress.passes.exits.keep_exits import KeepExits
-from dyncompress.passes.gates.remove_gates import RemoveGates
-from dyncompress.passes.gates.settle_gates import SettleGates
 from dyncompress.passes.graph.copying import deep_copy
 from dyncompress.passes.graph.graph_pass import HAS_EXITS, Condition, GraphPass, PassResult
 from dyncompress.passes.pipeline import PASSES
 from dyncompress.passes.rewrites.fold_batch_norm import FoldedNorms
-from dyncompress.passes.shrink.shrink import Shrink
 
 
 class Net(nn.Module):
@@ -62,8 +58,8 @@ def test_passes_that_find_nothing_to_do(gm: fx.GraphModule) -> None:
         dc.Pipeline([]),
         dc.Pipeline([dc.FoldBatchNorm(within="net.body"), dc.LowRank(energy=0.9), dc.LowRank(rank=4)]),
         dc.Pipeline([dc.InsertGates("ff1", ("layer1.0:branch", "no: yes")), dc.InsertExits("every", "mlp")]),
-        dc.Pipeline([dc.InsertExits(2), dc.InsertExits(("relu_2", "null"), "linear"), KeepExits((2, 0))]),
-        dc.Pipeline([Shrink({"fc.weight:0": torch.tensor([1, 3]), "layer1.0:branch": []}, exact=True)]),
+        dc.Pipeline([dc.InsertExits(2), dc.InsertExits(("relu_2", "null"), "linear"), dc.KeepExits((2, 0))]),
+        dc.Pipeline([dc.Shrink({"fc.weight:0": torch.tensor([1, 3]), "layer1.0:branch": []}, exact=True)]),
     ],
 )
 def test_text_reads_back(pipeline: dc.Pipeline) -> None:
@@ -134,14 +130,14 @@ def test_errors_name_the_pass(gm: fx.GraphModule) -> None:
 def test_what_passes_require_and_ensure(gm: fx.GraphModule) -> None:
     dynamic, gated = dc.InsertExits(1)(gm).gm, dc.InsertGates()(gm).gm
     wrong = [
-        (KeepExits((0,)), gm, "the graph has no exits; run InsertExits"),
-        (KeepExits((1,)), dynamic, "there is no exit 1; the model has 1, numbered from 0"),
-        (RemoveGates(), gm, "the graph has no skip gates; run InsertGates"),
-        (SettleGates(), gm, "the graph has no skip gates; run InsertGates"),
-        (SettleGates(), dc.InsertExits(1)(gated).gm, "the model has exits already, and they come last"),
+        (dc.KeepExits((0,)), gm, "the graph has no exits; run InsertExits"),
+        (dc.KeepExits((1,)), dynamic, "there is no exit 1; the model has 1, numbered from 0"),
+        (dc.RemoveGates(), gm, "the graph has no skip gates; run InsertGates"),
+        (dc.SettleGates(), gm, "the graph has no skip gates; run InsertGates"),
+        (dc.SettleGates(), dc.InsertExits(1)(gated).gm, "the model has exits already, and they come last"),
         (dc.InsertGates(), gated, "already has a module named 'gates'"),
         (dc.InsertExits(1), fx.GraphModule(nn.Module(), fx.Graph()), "use capture"),
-        (Shrink({}), fx.GraphModule(nn.Module(), fx.Graph()), "use capture"),
+        (dc.Shrink({}), fx.GraphModule(nn.Module(), fx.Graph()), "use capture"),
         (dc.FoldBatchNorm(), deep_copy(gm).train(), "call eval"),
     ]
     for step, given, says in wrong:
@@ -153,8 +149,8 @@ def test_what_passes_require_and_ensure(gm: fx.GraphModule) -> None:
 
 def test_passes_do_what_the_functions_do(gm: fx.GraphModule) -> None:
     keep, x = {"conv.weight:0": [0, 5]}, torch.randn(4, 3, 8, 8)
-    made = Shrink(keep)(gm)
+    made = dc.Shrink(keep)(gm)
     assert made.report.kept == {"conv.weight:0": 2} and made.modified
     assert torch.equal(made.gm(x), dc.shrink(gm, keep)(x))
     gated = dc.InsertGates()(gm).gm
-    assert torch.equal(RemoveGates()(gated).gm(x), gm(x))
+    assert torch.equal(dc.RemoveGates()(gated).gm(x), gm(x))
