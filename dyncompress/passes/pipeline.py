@@ -33,7 +33,8 @@ PASSES: dict[str, type[GraphPass[Any]]] = {kind.name: kind for kind in (*_EXACT,
 class Pipeline:
     """Passes that run in turn, each on what the one before it made.
 
-    `str(pipeline)` is text that `Pipeline.parse` reads back, and a pass added by its user prints as well.
+    `str(pipeline)` is text that `Pipeline.parse` reads back. Passes of a user's own run and print as well; text names
+    those of this package only.
     """
 
     passes: tuple[GraphPass[Any], ...]

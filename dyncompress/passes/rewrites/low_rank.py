@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import RequestError
-from ..graph.cost import count_parameters, node_macs
+from ..graph.cost import count_macs, count_parameters, node_macs
 from ..graph.graph_pass import GraphPass, PassResult
 from ..graph.nodes import attribute
 
@@ -78,7 +78,7 @@ class LowRank(GraphPass[LowRankReport]):
         layers = [_Layer(gm, node, macs[node]) for node in _replaceable(gm)]
         pairs = {layer.path: layer.put_pair(gm, rank) for layer, rank in self._ranks(gm, layers) if layer.saves(rank)}
         gm.recompile()
-        left = sum(node_macs(gm).values()) / max(sum(macs.values()), 1)
+        left = count_macs(gm) / max(sum(macs.values()), 1)
         return PassResult(gm, bool(pairs), LowRankReport(pairs, left))
 
     def _ranks(self, gm: fx.GraphModule, layers: "list[_Layer]") -> "list[tuple[_Layer, int]]":
@@ -86,8 +86,7 @@ class LowRank(GraphPass[LowRankReport]):
             return [(layer, self.rank) for layer in layers]
         energy = self.energy
         if self.macs is not None:
-            whole = sum(node_macs(gm).values())
-            energy = _energy_for(self.macs, "macs", whole, layers, lambda layer: layer.macs)
+            energy = _energy_for(self.macs, "macs", count_macs(gm), layers, lambda layer: layer.macs)
         elif self.params is not None:
             energy = _energy_for(self.params, "params", count_parameters(gm), layers, lambda layer: layer.size)
         assert energy is not None

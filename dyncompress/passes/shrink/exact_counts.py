@@ -62,8 +62,7 @@ def _replace_norm(types: Typing, small: fx.GraphModule, old: fx.Node, rest: Tens
     for name, tensor in now._parameters.items():
         counted._parameters[name] = tensor
     _add_rest(counted, rest)
-    parent, _, name = path.rpartition(".")
-    small.get_submodule(parent).add_module(name, counted.train(now.training))
+    small.set_submodule(path, counted.train(now.training))
 
 
 def _add_rest(norm: Any, rest: Tensor | None) -> None:

@@ -88,5 +88,4 @@ def _replace_by_ragged(small: fx.GraphModule, path: str, module: Any, hidden: li
         ragged = RaggedRecurrent(**settings)
     for name, tensor in module._parameters.items():
         ragged._parameters[name] = tensor
-    parent, _, name = path.rpartition(".")
-    small.get_submodule(parent).add_module(name, ragged.train(module.training))
+    small.set_submodule(path, ragged.train(module.training))
