@@ -4,6 +4,7 @@
 - insert-exits: {exits: 3, head: auto}
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Pipeline:
     those of this package only.
     """
 
-    passes: tuple[GraphPass[Any], ...]
+    passes: Sequence[GraphPass[Any]]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", tuple(self.passes))
