@@ -103,6 +103,6 @@ def exit_of(policy: ExitPolicy, logits: list[list[float]]) -> int:
     return len(logits) - 1
 
 
-def exits_of(policy: ExitPolicy, logits: Sequence[Tensor]) -> list[int]:
+def exits_by_hand(policy: ExitPolicy, logits: Sequence[Tensor]) -> list[int]:
     """The exits of a batch, from logits (B, classes) at every exit."""
     return [exit_of(policy, [z[i].tolist() for z in logits]) for i in range(len(logits[0]))]

@@ -15,7 +15,7 @@ from cases import CASES, call, graph
 from dynamic_models import spread
 from nets import Layer
 from onnx_files import convolutions, graphs, run, session
-from played import exits_of, score
+from played import exits_by_hand, score
 from torch import Tensor, nn
 
 import dyncompress.runtime.onnx.export as onnx_export_module
@@ -80,7 +80,7 @@ def test_the_file_answers_as_pytorch_and_as_a_plain_loop(name: str, file_of: Any
         batch = batch_of(name, n)
         got, wanted = run(path, batch), call(model.predict, batch)
         every = call(model.all_logits, batch)
-        chosen = exits_of(model.policy, every)
+        chosen = exits_by_hand(model.policy, every)
         logits = np.stack([every[k][i].numpy() for i, k in enumerate(chosen)])
         assert got["exit_index"].tolist() == wanted.exit_index.tolist() == chosen
         np.testing.assert_allclose(got["logits"], wanted.logits.numpy(), rtol=1e-4, atol=1e-5)
@@ -294,8 +294,8 @@ def test_samples_may_leave_elsewhere_only_beside_their_threshold(file_of: Any) -
 
     def moved(by: float) -> DynamicModel:
         """The first threshold just above the score of a sample that the file lets go there, and then some."""
-        policy, z = model.policy, model.all_logits(batch)[0].numpy()
-        scores = np.array([score(policy.rule, policy.temperatures[0], row) for row in z])
+        policy, z = model.policy, model.all_logits(batch)[0].tolist()
+        scores = np.array([score(policy, 0, row) for row in z])
         first = float(scores[scores >= policy.thresholds[0]].min()) + by
         return model.with_policy(ExitPolicy(policy.rule, (first, *policy.thresholds[1:]), policy.temperatures))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import CASES, call, graph, graph_with_exits, logits_of, model, rows
 from dynamic_models import policy_for, rows_seen, spread
-from played import exits_of
+from played import exits_by_hand
 from torch import nn
 
 from dyncompress.errors import RequestError
@@ -33,7 +33,7 @@ def test_predict_is_a_plain_loop_over_the_exits(name: str, rule: str) -> None:
     made, batch, n = spread(name), CASES[name].batch(23), 23
     made.policy = policy_for(made, batch, rule, CASES[name].exits)
     logits = call(made.all_logits, batch)
-    wanted = exits_of(made.policy, logits)
+    wanted = exits_by_hand(made.policy, logits)
     found = call(made.predict, batch)
     assert found.exit_index.tolist() == wanted and len(set(wanted)) == CASES[name].exits + 1
     assert found.logits.dtype == torch.float32 and not found.logits.requires_grad
@@ -87,7 +87,7 @@ def test_other_sequence_lengths() -> None:
     made.policy = policy_for(made, batch, "max-softmax", 2)
     logits = made.all_logits(**batch)
     found = made.predict(**batch)
-    assert found.exit_index.tolist() == exits_of(made.policy, logits)
+    assert found.exit_index.tolist() == exits_by_hand(made.policy, logits)
     np.testing.assert_allclose(logits[-1], model("text")(**batch)["logits"].detach().numpy(), rtol=1e-4, atol=1e-5)
 
 

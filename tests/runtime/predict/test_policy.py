@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import CASES, call, graph_with_exits
 from dynamic_models import leaning
-from played import WEIGHTS, exits_of
+from played import WEIGHTS, exits_by_hand
 
 from dyncompress.errors import RequestError
 from dyncompress.runtime.onnx.export import export_onnx
@@ -39,7 +39,7 @@ def test_predict_is_a_plain_loop(name: str) -> None:
     made = leaning("resnet", POLICIES[name])
     x = CASES["resnet"].batch(60)
     logits = made.all_logits(x)
-    wanted = exits_of(made.policy, logits)
+    wanted = exits_by_hand(made.policy, logits)
     found = made.predict(x)
     assert found.exit_index.tolist() == wanted and len(set(wanted)) >= 2
     assert made.policy.exit_of(made.all_logits(x)).tolist() == wanted
