@@ -75,7 +75,9 @@ def some(gm: fx.GraphModule) -> dict[str, list[int]]:
 
 def shrink(gm: fx.GraphModule, source: Path, out: Path, **options: Any) -> Path:
     """Shrinks a checkpoint to `some` of it, in shards so small that there are several."""
-    return dc.shrink_checkpoint(gm, some(gm), source, out, **({"progress": False, "max_shard_bytes": 9000} | options))
+    return dc.shrink_checkpoint(
+        gm, some(gm), source, out, **({"progress": False, "resume": True, "max_shard_bytes": 9000} | options)
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:

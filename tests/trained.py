@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from data import digits, make_stripes, signs
+from flat_options import flat
 from nets import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,7 +34,7 @@ def on_digits() -> nn.Module:
         torch.manual_seed(0)
         layers = [convolution(1, 12), convolution(12, 24, 2), convolution(24, 24), convolution(24, 32)]
         model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-        fit(model, F.cross_entropy, digits().train, epochs=8, lr=0.02, batch_size=64, **QUIET)
+        flat(fit)(model, F.cross_entropy, digits().train, epochs=8, lr=0.02, batch_size=64, **QUIET)
     return model.eval()
 
 
@@ -44,7 +45,7 @@ def on_signs() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         net = Mlp()
-        fit(net, F.cross_entropy, signs(), epochs=30, lr=0.02, batch_size=64, **QUIET)
+        flat(fit)(net, F.cross_entropy, signs(), epochs=30, lr=0.02, batch_size=64, **QUIET)
     return net.eval()
 
 

@@ -7,23 +7,22 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from .. import __version__
-from ..compress.options.steps import Convert, Export, Gate, Prune, Retrain, Sparsify, Step
+from ..compress.options.steps import Compare, Convert, Export, Gate, Prune, Retrain, Sparsify, Step
 from ..compress.recipes.recipe import Recipe, read_recipe
 from ..errors import RequestError
 from .app import app, printing
 from .runs.folders import choose_folder
-from .runs.options import CompareOptions, DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions
+from .runs.options import DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions, VerboseFlag
+from .step_options import command
 
 app.version = __version__
 
 Model = Annotated[
     str, Parameter(help="A model file, zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME or package.module:factory.")
 ]
-Flat = Parameter(name="*")
 
-_CONVERT, _GATE, _PRUNE, _SPARSIFY, _RETRAIN = Convert(), Gate(), Prune(), Sparsify(), Retrain()
 _SOURCE, _DATA, _FOLDER = ModelOptions(), DataOptions(), FolderOptions()
-_STREAM, _COMPARE = StreamOptions(), CompareOptions()
+_STREAM = StreamOptions()
 
 
 @app.command
@@ -31,7 +30,7 @@ def demo(
     *,
     seed: int = 0,
     device: str | None = None,
-    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    folder: FolderOptions = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
     """Makes the reference VGG dynamic on the digits data, measures it against the static one, exports it to ONNX.
@@ -45,106 +44,99 @@ def demo(
     _run("demo", recipe, folder, json)
 
 
-@app.command
+@command(Convert, "zoo:vgg-digits --exits 3 --data digits")
 def convert(
     model: Model,
     /,
     *,
-    step: Annotated[Convert, Flat] = _CONVERT,
-    source: Annotated[ModelOptions, Flat] = _SOURCE,
-    data: Annotated[DataOptions, Flat] = _DATA,
-    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    step: Convert,
+    source: ModelOptions = _SOURCE,
+    data: DataOptions = _DATA,
+    folder: FolderOptions = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
-    """Adds early exits to a trained model, so that easy inputs leave early."""
     _run("convert", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
 
 
-@app.command
+@command(Gate, "zoo:resnet-digits --macs 0.7 --data digits")
 def gate(
     model: Model,
     /,
     *,
-    step: Annotated[Gate, Flat] = _GATE,
-    source: Annotated[ModelOptions, Flat] = _SOURCE,
-    data: Annotated[DataOptions, Flat] = _DATA,
-    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    step: Gate,
+    source: ModelOptions = _SOURCE,
+    data: DataOptions = _DATA,
+    folder: FolderOptions = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
-    """Trains a model to skip, sample by sample, the residual branches that are not needed."""
     _run("gate", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
 
 
-@app.command
+@command(Prune, "zoo:resnet-digits --macs 0.5 --data digits")
 def prune(
     model: Model,
     /,
     *,
-    step: Annotated[Prune, Flat] = _PRUNE,
-    source: Annotated[ModelOptions, Flat] = _SOURCE,
-    data: Annotated[DataOptions, Flat] = _DATA,
-    stream: Annotated[StreamOptions, Flat] = _STREAM,
-    folder: Annotated[FolderOptions, Flat] = _FOLDER,
-    verbose: Flag = False,
+    step: Prune,
+    source: ModelOptions = _SOURCE,
+    data: DataOptions = _DATA,
+    stream: StreamOptions = _STREAM,
+    folder: FolderOptions = _FOLDER,
+    verbose: VerboseFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Removes the least important channels, heads and hidden units: the model gets physically smaller.
-
-    Args:
-        verbose: Show every layer of a large model.
-    """
     if stream.stream or stream.drop:
         return _stream(model, step, source, data, stream, folder, json)
     _run("prune", _recipe(model, (step,), source, data), folder, json, source.allow_pickle, verbose)
 
 
-@app.command
+@command(Sparsify, "zoo:resnet-digits --macs 0.5 --data digits")
 def sparsify(
     model: Model,
     /,
     *,
-    step: Annotated[Sparsify, Flat] = _SPARSIFY,
-    source: Annotated[ModelOptions, Flat] = _SOURCE,
-    data: Annotated[DataOptions, Flat] = _DATA,
-    folder: Annotated[FolderOptions, Flat] = _FOLDER,
-    verbose: Flag = False,
+    step: Sparsify,
+    source: ModelOptions = _SOURCE,
+    data: DataOptions = _DATA,
+    folder: FolderOptions = _FOLDER,
+    verbose: VerboseFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Trains a model so that channels, heads, hidden units or layers become zero and leave it.
+    _run(
+        "sparsify",
+        _recipe(model, (step,), source, data),
+        folder,
+        json,
+        source.allow_pickle,
+        verbose,
+    )
 
-    Args:
-        verbose: Show every layer of a large model.
-    """
-    _run("sparsify", _recipe(model, (step,), source, data), folder, json, source.allow_pickle, verbose)
 
-
-@app.command
+@command(Retrain, "small.safetensors --early zoo:resnet-digits --data digits")
 def retrain(
     model: Model,
     /,
     *,
-    step: Annotated[Retrain, Flat] = _RETRAIN,
-    source: Annotated[ModelOptions, Flat] = _SOURCE,
-    data: Annotated[DataOptions, Flat] = _DATA,
-    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    step: Retrain,
+    source: ModelOptions = _SOURCE,
+    data: DataOptions = _DATA,
+    folder: FolderOptions = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
-    """Trains the shape of a smaller model from scratch, or from early weights: a control of what made it smaller."""
     _run("retrain", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
 
 
-@app.command
+@command(Compare, "zoo:vgg-digits --shares 0.5 0.25 --data digits")
 def compare(
     model: Model,
     /,
     *,
-    options: Annotated[CompareOptions, Flat] = _COMPARE,
-    source: Annotated[ModelOptions, Flat] = _SOURCE,
-    data: Annotated[DataOptions, Flat] = _DATA,
-    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    step: Compare,
+    source: ModelOptions = _SOURCE,
+    data: DataOptions = _DATA,
+    folder: FolderOptions = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
-    """Prunes structure, cuts ranks and zeroes single weights to the same shares of the parameters: accuracy, speed."""
     from .loading.models import short_name
     from .runs.comparing import compare_methods
 
@@ -153,7 +145,12 @@ def compare(
         recipe = _recipe(model, (), source, data)
         printer.result(
             compare_methods(
-                recipe, options, where, printer.console, resume=folder.resume, allow_pickle=source.allow_pickle
+                recipe,
+                step,
+                where,
+                printer.console,
+                resume=folder.resume,
+                allow_pickle=source.allow_pickle,
             )
         )
 
@@ -165,7 +162,7 @@ def run(
     *,
     set: tuple[str, ...] = (),
     allow_pickle: Flag = False,
-    folder: Annotated[FolderOptions, Flat] = _FOLDER,
+    folder: FolderOptions = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
     """Runs the steps of a recipe file.
@@ -183,7 +180,7 @@ def inspect(
     model: Model,
     /,
     *,
-    source: Annotated[ModelOptions, Flat] = _SOURCE,
+    source: ModelOptions = _SOURCE,
     data: str | None = None,
     json: JsonFlag = False,
 ) -> None:
@@ -202,8 +199,8 @@ def inspect(
 @app.command
 def bench(
     *models: Model,
-    source: Annotated[ModelOptions, Flat] = _SOURCE,
-    data: Annotated[DataOptions, Flat] = _DATA,
+    source: ModelOptions = _SOURCE,
+    data: DataOptions = _DATA,
     json: JsonFlag = False,
 ) -> None:
     """Measures models side by side: accuracy, MACs, parameters, size and wall clock at batch 1 and 256."""
@@ -222,7 +219,7 @@ def export(
     onnx: Path,
     /,
     *,
-    source: Annotated[ModelOptions, Flat] = _SOURCE,
+    source: ModelOptions = _SOURCE,
     data: str | None = None,
     tunable: Flag = False,
     overwrite: Flag = False,
@@ -273,7 +270,12 @@ def _run(
     )
     with printing(as_json) as printer:
         report = run_recipe(
-            recipe, folder, resume=options.resume, allow_pickle=allow_pickle, status=Console(stderr=True)
+            recipe,
+            folder,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            allow_pickle=allow_pickle,
+            status=Console(stderr=True),
         )
         write_results.show(report, printer.console, verbose=verbose)
         printer.result(report.to_json())

@@ -17,8 +17,8 @@ from torch import nn
 
 from dyncompress.cli import commands
 from dyncompress.cli.main import run
-from dyncompress.compress.options.steps import Convert, Export, Prune
-from dyncompress.compress.recipes import take_step as steps
+from dyncompress.compress.options.steps import Convert, Export
+from dyncompress.compress.options.training_options import Training
 from dyncompress.compress.recipes.recipe import read_recipe
 from dyncompress.passes.capture.capture import capture
 from dyncompress.runtime.files import checkpoint
@@ -51,7 +51,7 @@ def test_convert(weights: Path, cli: Any) -> None:
         assert (folder / name).stat().st_size > 100
     assert not (folder / "steps").exists()
     recipe = read_recipe(folder / "recipe.yaml")
-    assert recipe.steps == (Convert(exits=2, epochs=2, max_loss=0.02),)
+    assert recipe.steps == (Convert(exits=2, max_loss=0.02, training=Training(epochs=2)),)
     assert checkpoint.read_info(report["model"])["measured"]["accuracy"] == dynamic["accuracy"]
 
     again = cli("convert NET DATA --exits 2 --epochs 2 --max-loss 0.02 --resume --json")
@@ -218,11 +218,3 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--exits" in done.stdout
     assert "--max-loss" in done.stdout
-
-
-@pytest.mark.parametrize(("step", "function"), [(Convert(), steps.convert), (Prune(), steps.prune)])
-def test_steps_have_the_defaults_of_their_functions(step: Any, function: Any) -> None:
-    import inspect
-
-    parameters = inspect.signature(function).parameters
-    assert vars(step) == {name: parameters[name].default for name in vars(step)}

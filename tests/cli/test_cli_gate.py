@@ -66,7 +66,9 @@ def trained() -> nn.Module:
 @pytest.fixture(scope="module")
 def gated(trained: nn.Module) -> dc.DynamicModel:
     """Trained gates, moved so that all of them open for some samples only."""
-    model = dc.gate(trained, data=make_stripes(), macs=0.6, settle=0, epochs=4, progress=False)
+    model = dc.gate(
+        trained, data=make_stripes(), macs=0.6, settle=0, training=dc.Training(epochs=4), run=dc.Run(progress=False)
+    )
     with torch.no_grad():
         for gate in range(3):
             out = model.trunk.get_submodule(f"gates.{gate}.out")
@@ -110,13 +112,16 @@ def test_an_interrupted_gate_ends_as_the_function_does(
     assert report["gate"]["branches"] == BRANCHES and report["gate"]["phases"] == ["supervised", "hybrid"]
     assert report["gate"]["branch_macs"] == [BRANCH] * 3
     assert json.loads((folder / "report.json").read_text()) == report
-    assert read_recipe(folder / "recipe.yaml").steps == (Gate(kind="skipnet", macs=0.7, epochs=3),)
+    asked = Gate(kind="skipnet", macs=0.7, training=dc.Training(epochs=3))
+    assert read_recipe(folder / "recipe.yaml").steps == (asked,)
     assert "Skip gates (skipnet)" in (folder / "table.txt").read_text() and not (folder / "steps").exists()
     with Image.open(folder / "gates.png") as picture:
         assert picture.width > 400
 
     data = make_stripes()
-    same = dc.gate(trained, data=data, kind="skipnet", macs=0.7, epochs=3, progress=False)
+    same = dc.gate(
+        trained, data=data, kind="skipnet", macs=0.7, training=dc.Training(epochs=3), run=dc.Run(progress=False)
+    )
     model = dc.load(report["model"])
     assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in model.state_dict().items())
     out = same.predict(data.test.inputs)
@@ -210,7 +215,9 @@ def test_exits_in_a_gated_model(here: Path, gated: dc.DynamicModel, capfd: pytes
 
 
 def test_models_with_exits_get_no_gates(trained: nn.Module, gated: dc.DynamicModel) -> None:
-    leaving = dc.convert(gated, exits=1, data=make_stripes(), epochs=1, progress=False)
+    leaving = dc.convert(
+        gated, exits=1, data=make_stripes(), training=dc.Training(epochs=1), run=dc.Run(progress=False)
+    )
     assert leaving.gates == BRANCHES and len(leaving.exits) == 1
     for model in (leaving, leaving.trunk):
         with pytest.raises(dc.RequestError, match="gate the static one"):

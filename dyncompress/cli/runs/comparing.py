@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from ...compress.evaluation.reports import from_json, to_json
+from ...compress.options.flat import values_of
+from ...compress.options.steps import Compare
+from ...compress.options.training_options import Run
 from ...compress.pruning.compare import ComparedEntry, Comparison, compare
 from ...compress.recipes.recipe import Recipe
 from ...errors import RequestError
@@ -22,7 +24,6 @@ from ...runtime.predict.dynamic import DynamicModel
 from ..loading.loaded_subject import Subject, load_splits, prepare
 from ..report import plots, tables
 from . import folders, write_results
-from .options import CompareOptions
 from .run_recipe import explained
 
 _WIDTH = 120
@@ -61,7 +62,7 @@ class CompareReport:
 
 def compare_methods(
     recipe: Recipe,
-    options: CompareOptions,
+    asked: Compare,
     folder: Path,
     console: Console,
     *,
@@ -76,7 +77,11 @@ def compare_methods(
     """
     if recipe.data is None:
         raise RequestError("compare trains and judges on data: give labelled data, such as --data digits")
-    text = str(recipe) + yaml.safe_dump({"compare": asdict(options)}, sort_keys=False, default_flow_style=None)
+    text = str(recipe) + yaml.safe_dump(
+        {"compare": {k: list(v) if isinstance(v, tuple) else v for k, v in values_of(asked).items()}},
+        sort_keys=False,
+        default_flow_style=None,
+    )
     if resume and (folder / folders.REPORT).exists():
         folders.begin(folder, text, resume=True)
         report = CompareReport.from_json(json.loads((folder / folders.REPORT).read_text(encoding="utf-8")))
@@ -89,8 +94,9 @@ def compare_methods(
     folders.begin(folder, text, resume=resume)
     with explained(folder):
         found = compare(
-            subject.graph, subject.data.train, subject.data.test, **asdict(options), seed=recipe.seed,
-            device=subject.device, run_dir=folder / folders.STEPS, resume=True, progress=sys.stderr.isatty(),
+            subject.graph, subject.data.train, subject.data.test,
+            shares=asked.shares, finetune=asked.finetune, training=asked.training,
+            run=Run(seed=recipe.seed, device=subject.device, run_dir=folder / folders.STEPS, resume=True),
         )  # fmt: skip
         report = _write(recipe, folder, found, subject)
     show(report, console)

@@ -27,11 +27,16 @@ def choose_folder(command: str, model_name: str, out: Path | None, *, resume: bo
     """
     if out is None:
         return _numbered(f"{command}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model_name)}", resume)
-    if out.exists() and not out.is_dir():
-        raise RequestError(f"--out {out} is a file: give a folder")
-    if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
-        raise RequestError(f"--out {out} is not empty: give another folder, --resume to go on there, or --overwrite")
+    check_free(out, resume=resume, overwrite=overwrite)
     return out
+
+
+def check_free(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises RequestError for a folder that cannot take a run."""
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"--out {folder} is a file: give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (resume or overwrite):
+        raise RequestError(f"--out {folder} is not empty: give another folder, --resume to go on there, or --overwrite")
 
 
 def _numbered(stem: str, resume: bool) -> Path:

@@ -4,13 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from ...errors import RequestError
+
+# The panels of the help. The everyday options of a step come before, its groups between the first and the second.
+DATA, OUTPUT = Group("Data and device", sort_key=1), Group("Output", sort_key=3)
+MODEL, STREAM = Group("Model", sort_key=4), Group("Larger than memory", sort_key=5)
 
 Flag = Annotated[bool, Parameter(negative=())]  # off unless given, so that it needs no --no-...
 
 
+@Parameter(name="*", group=MODEL)
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """How to load MODEL."""
@@ -33,6 +38,7 @@ class ModelOptions:
         return tuple(map(int, sizes))
 
 
+@Parameter(name="*", group=DATA)
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """What a model is trained and judged on, and where."""
@@ -45,6 +51,7 @@ class DataOptions:
     """Such as cpu, cuda or cuda:1; by default a GPU where there is one."""
 
 
+@Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions:
     """Where the result goes."""
@@ -57,25 +64,14 @@ class FolderOptions:
     """Replace the run in --out."""
 
 
+VerboseFlag = Annotated[Flag, Parameter(group=OUTPUT, help="Show every layer of a large model.")]
 JsonFlag = Annotated[
-    Flag, Parameter(name="--json", help="Print one JSON object on standard output and nothing else there.")
+    Flag,
+    Parameter(name="--json", group=OUTPUT, help="Print one JSON object on standard output and nothing else there."),
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareOptions:
-    """What is compared, and how it is trained."""
-
-    shares: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.5, 0.25)
-    """Shares of the parameters that stay, such as 0.5 0.25."""
-    finetune: int = 1
-    """Epochs of training of every compared model."""
-    lr: float = 1e-3
-    """Peak learning rate of that training."""
-    batch_size: int = 128
-    """Samples per step of that training."""
-
-
+@Parameter(name="*", group=STREAM)
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
     """How to prune what is larger than memory."""

@@ -4,7 +4,7 @@ A finished step's model waits in the run folder, so that an interrupted run goes
 """
 
 import json
-import sys
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +17,8 @@ from torch import fx
 
 from ...compress.evaluation.report_entries import measure
 from ...compress.options.steps import Export
-from ...compress.recipes.recipe import Recipe
+from ...compress.options.training_options import Run
+from ...compress.recipes.recipe import Recipe, read_recipe
 from ...compress.recipes.take_step import check_order, check_request, result_name, take
 from ...errors import DynCompressError, RequestError
 from ...runtime.files import checkpoint
@@ -32,12 +33,20 @@ Captured = fx.GraphModule | DynamicModel
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, *, resume: bool = False, allow_pickle: bool = False, status: Console | None = None
+    recipe: Recipe | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    status: Console | None = None,
 ) -> RunReport:
     """Runs a recipe in a folder and returns the report that it leaves there as report.json.
 
     Args:
-        resume: go on with the run in `folder`, if there is one.
+        recipe: a recipe, or the path of its YAML file.
+        folder: made where it is not there; beside the report it then holds the model, the recipe, tables and pictures.
+        resume: go on with the run in `folder`, if there is one. overwrite: replace it.
         allow_pickle: whether the model may be unpickled, which runs code from its file.
         status: where progress is told; None = nowhere.
 
@@ -45,6 +54,9 @@ def run_recipe(
         RequestError: anything in the request that is wrong. DynCompressError: a step failed.
         Interrupted: Ctrl-C; the folder holds what is needed to resume.
     """
+    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+    folder = Path(folder)
+    folders.check_free(folder, resume=resume, overwrite=overwrite)
     if resume and (folder / folders.REPORT).exists():
         folders.begin(folder, str(recipe), resume=True)
         return RunReport.from_json(json.loads((folder / folders.REPORT).read_text(encoding="utf-8")))
@@ -99,17 +111,14 @@ def _take_steps(
             current = checkpoint.load(saved).to(subject.device)
         else:
             work.mkdir(parents=True, exist_ok=True)
-            progress = not status.quiet and sys.stderr.isatty()
+            progress = False if status.quiet else None
             current = take(
                 step,
                 current,
                 subject.data,
                 example_inputs=subject.example_inputs,
                 load=partial(capture_named, subject),
-                seed=recipe.seed,
-                device=subject.device,
-                work=work,
-                progress=progress,
+                run=Run(seed=recipe.seed, device=subject.device, run_dir=work, resume=True, progress=progress),
             )
             checkpoint.save(current, saved)
         models[_free_name(result_name(step), models)] = current

@@ -1,9 +1,8 @@
 """`prune --stream`: a checkpoint larger than memory, ranked and shrunk piece by piece."""
 
 import json
-import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,10 @@ from torch import fx
 
 from ...compress.evaluation.report_entries import StaticEntry
 from ...compress.evaluation.reports import to_json
+from ...compress.options.flat import options_of, values_of
+from ...compress.options.limits import Limits
 from ...compress.options.steps import Prune
+from ...compress.options.training_options import Run
 from ...compress.pruning.prune_checkpoint import KEPT, prune_checkpoint
 from ...errors import RequestError
 from ...passes.axes.axes import infer_axes
@@ -27,7 +29,8 @@ from ..report import tables
 from .folders import REPORT, Interrupted
 from .options import DataOptions, ModelOptions, StreamOptions
 
-_TAKEN = ("ratio", "macs", "params", "bytes", "scope", "floor", "ceiling", "round_to", "ignore", "depth", "exact")
+_TARGETS = ("ratio", "macs", "params", "bytes")
+_TAKEN = (*_TARGETS, *(field.name for field in fields(Limits)), "scope", "exact")
 _TABLE_WIDTH, TABLE = 120, "table.txt"
 
 
@@ -61,9 +64,9 @@ def check_request(step: Prune, source: ModelOptions, data: DataOptions, stream: 
     for option in ("data", "device"):
         if getattr(data, option) is not None:
             raise RequestError(f"--stream reads and writes files on the CPU, without data: leave --{option} out")
-    for given in fields(step):
-        if given.name not in _TAKEN and getattr(step, given.name) != given.default:
-            raise RequestError(f"--stream does not go with --{given.name.replace('_', '-')}: it ranks by l2, at once")
+    for name, value in values_of(step).items():
+        if name not in _TAKEN and value != options_of(Prune)[name].default:
+            raise RequestError(f"--stream does not go with --{name.replace('_', '-')}: it ranks by l2, at once")
 
 
 def prune_streamed(
@@ -84,15 +87,15 @@ def prune_streamed(
     """
     stored = Source(Path(model))
     gm = _captured(source, stored)
-    options = {name: value for name, value in asdict(step).items() if name in _TAKEN}
+    targets = {name: getattr(step, name) for name in _TARGETS}
     try:
         prune_checkpoint(
-            gm, stored.path, folder, drop=stream.drop, progress=sys.stderr.isatty(), resume=resume,
-            overwrite=overwrite, **options,
+            gm, stored.path, folder, **targets, drop=stream.drop, overwrite=overwrite,
+            limits=step.limits, cuts=step.cuts, run=Run(resume=resume),
         )  # fmt: skip
     except KeyboardInterrupt:
         raise Interrupted(folder) from None
-    report = _report(gm, folder, step.exact)
+    report = _report(gm, folder, step.cuts.exact)
     show(report, console)
     with (folder / TABLE).open("w", encoding="utf-8") as file:
         show(report, Console(file=file, width=_TABLE_WIDTH))

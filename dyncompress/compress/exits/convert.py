@@ -8,10 +8,8 @@
 Steps 3 and 4 see the calibration set only.
 """
 
-import os
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,17 +20,18 @@ from ...passes.exits.exit_places import EVERY
 from ...passes.exits.insert_exits import InsertExits
 from ...passes.graph.inputs import Inputs
 from ...runtime.predict.dynamic import DynamicModel
-from ...runtime.predict.policy import Fallback
 from ..evaluation.exit_quality import measure_exits
+from ..options.choices import ExitPlaces, ExitRecipe, Head
+from ..options.method_options import Leaving, Samples
+from ..options.steps import Convert
+from ..options.training_options import Run, Training
 from ..synthesis.data_free import COST, check_without_data, splits_of_impressions
 from ..synthesis.few_samples import few_shot_training
-from ..synthesis.impressions import Synthesis
-from ..thresholds.call_costs import Cost
 from ..thresholds.candidates import collect_cached
 from ..thresholds.choose_policy import choose_policy
-from ..thresholds.goal import Goal, RiskKind, SearchKind
+from ..thresholds.goal import Goal
 from ..thresholds.risk import check_samples
-from ..training.batches import HasSplits, LabelledData, device_of_model, divided, examples_of, size_of, to_device
+from ..training.batches import HasSplits, LabelledData, divided, examples_for, size_of
 from ..training.machine import training_device
 from .convert_report import ConvertReport, PerPositionReport
 from .recipes import check_recipe, train_exits
@@ -44,35 +43,19 @@ SEARCH = "search"
 def convert(
     model: nn.Module,
     example_inputs: Inputs | None = None,
-    exits: int | str | Sequence[str] = 3,
+    exits: int | ExitPlaces | tuple[str, ...] | list[str] = Convert.exits,
     *,
-    head: str = "auto",
     data: HasSplits | LabelledData | None = None,
-    shots: int | None = None,
-    impressions: int = Synthesis.count,
-    recipe: str = "distill",
-    epochs: int = 4,
-    lr: float = 1e-2,
-    trunk_lr: float = 0.01,
-    batch_size: int = 128,
-    freeze_trunk: bool = True,
-    rule: str = "max-softmax",
-    threshold_search: SearchKind | None = None,
-    max_loss: float = 0.005,
-    macs: float | None = None,
-    latency: float | None = None,
-    risk: float | None = None,
-    confidence: float = 0.9,
-    risk_of: RiskKind = "disagreement",
-    cost: Cost | None = None,
-    latency_batch: int = 1,
-    fallback: Fallback = "final",
-    seed: int = 0,
-    mixed_precision: str | None = None,
-    device: torch.device | str | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    progress: bool = True,
+    head: Head = Convert.head,
+    recipe: ExitRecipe = Convert.recipe,
+    max_loss: float = Convert.max_loss,
+    macs: float | None = Convert.macs,
+    latency: float | None = Convert.latency,
+    freeze_trunk: bool = Convert.freeze_trunk,
+    leaving: Leaving = Convert.leaving,
+    samples: Samples = Convert.samples,
+    training: Training = Convert.training,
+    run: Run = Run(),
 ) -> DynamicModel:
     """A dynamic copy of `model`: early exits, trained and calibrated, with thresholds; in eval mode, on its device.
 
@@ -87,66 +70,44 @@ def convert(
         exits: how many early exits, or the names of the graph nodes they follow; "every" = after every block;
             "own" = the classifiers that the model has already; "search" = those after every block that pay for
             themselves at the goal (`exit_search`).
-        head: a name in `head_choice.HEAD_KINDS`. recipe: one in `exit_recipes.RECIPES`.
         data: an object with `train` and `calibration` sets, or one map-style Dataset of (inputs, int label) from which
             15 % is set aside for calibration; label -1 = unlabelled, for training only. None = the exits are distilled
             and calibrated on inputs that are synthesised out of the model (`data_free`), which guarantees nothing.
-        shots: train on this many labelled samples per class, drawn by the seed, instead of all (`few_samples`).
-        impressions: without data, how many inputs are synthesised.
-        lr: peak learning rate of the heads.
-        freeze_trunk: train the heads only, three times as fast; the final exit stays exactly the static model. Else the
-            trained layers learn too, at the peak rate lr * trunk_lr; the final exit may then lose accuracy.
-        rule: a name in `runtime.policy.RULES`: max-softmax, entropy, margin, energy, patience or learned.
-        threshold_search: "grid", "genetic", "quota" or "uniform" (`choose_policy`); None without data: uniform.
-        max_loss: accuracy (0..1) that may be lost, on unseen samples (see `slack`), against the static model or, where
-            training the trunk made it better, against the final exit.
-        macs, latency: instead, a budget: mean MACs, or mean milliseconds, as a share of the static model's.
-        risk, confidence, risk_of: instead, a rate promised for unseen samples with that probability (`choose_policy`).
-        cost: what thresholds, and the search for exits, are to save: "macs", or "latency" as measured on this device at
-            `latency_batch` samples per call; None = what the budget is of, else MACs.
-        fallback: who answers samples that no exit is sure of: the "final" exit or the "ensemble" of all.
-        mixed_precision, device, run_dir, resume, progress: see `trainer.fit`.
+        head, recipe: see `head_choice` and `exits.recipes`.
+        max_loss: on unseen samples (see `held_out_loss`), against the static model or, where training the trunk made it
+            better, against the final exit.
+        freeze_trunk: True is three times as fast. Else the trained layers learn too, at the peak rate lr * trunk_lr,
+            and the final exit may lose accuracy.
+        leaving: see `choose_policy`. samples: see `few_samples`.
+        The other options are those of `options.steps.Convert`.
 
     Raises:
         RequestError: wrong arguments or data, no place for the exits, or thresholds that do what is asked do not exist.
         DynCompressError: the training failed.
     """
-    if data is None and threshold_search is None:
-        threshold_search = "uniform"
-    leaving: dict[str, Any] = {
-        "rule": rule, "threshold_search": threshold_search, "max_loss": max_loss, "macs": macs, "latency": latency,
-        "risk": risk, "confidence": confidence, "risk_of": risk_of, "cost": cost, "latency_batch": latency_batch,
-        "fallback": fallback,
-    }  # fmt: skip
-    goal = Goal(**leaving)
-    check_recipe(recipe, freeze_trunk, head)
-    if data is None:
-        check_without_data(recipe, freeze_trunk, risk, shots)
-    if trunk_lr <= 0:
-        raise RequestError(f"trunk_lr is {trunk_lr}: give a positive share of lr, or freeze the trunk")
-    splits = None if data is None else divided(data, seed)
-    if splits is not None and risk is not None:
-        _check_promise(splits[1], risk, confidence, risk_of)
+    asked = Convert(
+        exits=tuple(exits) if isinstance(exits, list) else exits, head=head, recipe=recipe, max_loss=max_loss,
+        macs=macs, latency=latency, freeze_trunk=freeze_trunk, leaving=leaving, samples=samples, training=training,
+    )  # fmt: skip
+    leaving = _leaving(asked, data is not None)
+    goal = Goal(max_loss=max_loss, macs=macs, latency=latency, leaving=leaving)
+    splits = None if data is None else divided(data, run.seed)
+    if splits is not None and leaving.risk is not None:
+        _check_promise(splits[1], leaving.risk, leaving)
     if example_inputs is None:
-        example_inputs = _example(splits, model)
+        example_inputs = examples_for(model, None if splits is None else splits[0])
     captured = capture(model.trunk if isinstance(model, DynamicModel) else model, example_inputs)
-    device = torch.device(device) if device is not None else training_device()
-    run: dict[str, Any] = {
-        "seed": seed, "mixed_precision": mixed_precision, "device": device, "run_dir": run_dir, "resume": resume,
-        "progress": progress,
-    }  # fmt: skip
+    device = torch.device(run.device) if run.device is not None else training_device()
+    run, training = replace(run, device=device), asked.training
     if splits is None:
         warnings.warn(COST, stacklevel=2)
-        splits = splits_of_impressions(captured, example_inputs, impressions, **run)
+        splits = splits_of_impressions(captured, example_inputs, samples.impressions, run, training.mixed_precision)
     train, calibration = splits
-    dynamic = DynamicModel(_with_exits(captured, exits, head, seed)).eval()
-    if shots is not None:
-        train = few_shot_training(train, shots, dynamic, recipe, seed)
+    dynamic = DynamicModel(_with_exits(captured, asked, run.seed)).eval()
+    if samples.shots is not None:
+        train = few_shot_training(train, samples.shots, dynamic, recipe, run.seed)
     static_logits = None if freeze_trunk else _final_logits(dynamic, calibration, device)
-    history = train_exits(
-        dynamic, train, recipe=recipe, epochs=epochs, lr=lr, trunk_lr=0.0 if freeze_trunk else trunk_lr,
-        batch_size=batch_size, **run,
-    )  # fmt: skip
+    history = train_exits(dynamic, train, recipe, replace(training, trunk_lr=0.0) if freeze_trunk else training, run)
     if dynamic.per_position:
         warnings.warn("the model answers at every position: its exits are trained and measured, but off", stacklevel=2)
         quality = measure_exits(dynamic, calibration, device=device)
@@ -155,30 +116,37 @@ def convert(
     found = None
     if exits == SEARCH:
         dynamic, found = search_exits(dynamic, calibration, goal, device=device)
-    policy = {**leaving, "static_logits": static_logits, "seed": seed, "device": device, "progress": progress}
-    chosen = choose_policy(dynamic, calibration, **policy)
+    chosen = choose_policy(
+        dynamic, calibration, max_loss=max_loss, macs=macs, latency=latency, leaving=leaving,
+        static_logits=static_logits, run=run,
+    )  # fmt: skip
     ConvertReport(**vars(chosen), history=tuple(history), exit_search=found).keep_in(dynamic)
     return dynamic
 
 
-def _check_promise(calibration: LabelledData, risk: float, confidence: float, risk_of: RiskKind) -> None:
+def _leaving(asked: Convert, has_data: bool) -> Leaving:
+    """How samples are to leave. Raises RequestError for options that do not go together, or not without data."""
+    check_recipe(asked.recipe, asked.freeze_trunk, asked.head)
+    if asked.training.trunk_lr <= 0:
+        raise RequestError(f"trunk_lr is {asked.training.trunk_lr}: give a positive share of lr, or freeze the trunk")
+    if has_data:
+        return asked.leaving
+    check_without_data(asked)
+    return replace(asked.leaving, threshold_search=asked.leaving.threshold_search or "uniform")
+
+
+def _check_promise(calibration: LabelledData, risk: float, leaving: Leaving) -> None:
     """Better known before the training than after it: whether half of the samples can promise the risk at all."""
     count = size_of(calibration, "calibration")
-    check_samples(count - count // 2, risk, 1 - confidence, with_labels=risk_of == "accuracy-loss")
+    with_labels = leaving.risk_of == "accuracy-loss"
+    check_samples(count - count // 2, risk, 1 - leaving.confidence, with_labels=with_labels)
 
 
-def _example(splits: tuple[LabelledData, LabelledData] | None, model: nn.Module) -> Inputs:
-    if splits is None:
-        raise RequestError("give example_inputs, or data to take them from")
-    return to_device(examples_of(splits[0]), device_of_model(model))
-
-
-def _with_exits(gm: fx.GraphModule, exits: int | str | Sequence[str], head: str, seed: int) -> fx.GraphModule:
+def _with_exits(gm: fx.GraphModule, asked: Convert, seed: int) -> fx.GraphModule:
     """The captured model with exits, whose weights depend on the seed alone."""
-    places = exits if isinstance(exits, int | str) else tuple(exits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return InsertExits(EVERY if places == SEARCH else places, head)(gm).gm
+        return InsertExits(EVERY if asked.exits == SEARCH else asked.exits, asked.head)(gm).gm
 
 
 def _final_logits(dynamic: DynamicModel, calibration: LabelledData, device: torch.device) -> Tensor | None:

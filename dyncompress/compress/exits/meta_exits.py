@@ -10,8 +10,7 @@ the end the heads take such steps on all the samples. The trunk is frozen, and s
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +23,7 @@ from ...passes.exits.read_exits import exit_modules, graph_exits
 from ...passes.exits.stages import split_stages, with_outputs
 from ...runtime.predict.dynamic import DynamicModel
 from ..evaluation.evaluate import ready
+from ..options.training_options import Run, Training
 from ..training.batches import LabelledData, call, in_order, size_of
 from ..training.losses import UNLABELLED
 from ..training.trainer import Epoch, fit
@@ -36,32 +36,28 @@ PASS = 2048  # samples in the episodes of one epoch, however few there are
 def train_meta(
     dynamic: DynamicModel,
     train: LabelledData,
-    *,
-    lr: float,
-    batch_size: int = 128,
-    **options: Any,
+    training: Training,
+    run: Run,
 ) -> list[Epoch]:
-    """Trains the heads in place: on episodes, then on all the samples. Further `options` are those of `trainer.fit`.
+    """Trains the heads in place: on episodes, then on all the samples.
 
     An epoch is PASS samples in episodes.
 
     Args:
         train: what the heads read of all its labelled samples is held in memory.
-        lr: peak learning rate of the weights that the steps start from.
-        batch_size: samples per step, unless one episode has more.
+        training: the learning rate is that of the weights that the steps start from; a batch has its samples, unless
+            one episode has more.
 
     Raises:
         RequestError: answers at every position, fewer than two classes, or as `fit`.
     """
     if dynamic.per_position:
         raise RequestError('recipe="meta" draws samples by class, but the model answers at every position')
-    few = Read.by(dynamic, train, batch_size, options.get("device"))
-    episodes, heads = Episodes(few, batch_size), Heads(dynamic.trunk)
+    few = Read.by(dynamic, train, training.batch_size, run.device)
+    episodes, heads = Episodes(few, training.batch_size), Heads(dynamic.trunk)
     loss = Weighted([1.0] * len(heads.heads))
-    history = fit(
-        Adapted(heads), loss, episodes, lr=lr, batch_size=max(1, batch_size // episodes.samples),
-        parameters=heads.own(), optimizer=partial(torch.optim.SGD, momentum=0.9), **options,
-    )  # fmt: skip
+    of_episodes = replace(training, batch_size=max(1, training.batch_size // episodes.samples), optimizer="sgd")
+    history = fit(Adapted(heads), loss, episodes, of_episodes, run, parameters=heads.own())
     for head, x in zip(heads.heads, few.features, strict=True):
         weights = heads.weights(head)
         where = next(iter(weights.values())).device

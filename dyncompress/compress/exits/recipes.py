@@ -17,12 +17,10 @@ With a frozen trunk the phases that train the model alone fall away. Where the t
 frozen is frozen in evaluation mode: batch norms and dropout too.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,8 +31,11 @@ from ...passes.edit.outputs import all_logits
 from ...passes.exits.read_exits import exit_modules
 from ...passes.graph.walk import upstream
 from ...runtime.predict.dynamic import DynamicModel
+from ..options.choices import ExitRecipe
+from ..options.steps import Convert, completed
+from ..options.training_options import Run, Training
 from ..training.batches import LabelledData
-from ..training.trainer import Epoch, Optimizer, fit, fixed, in_phases
+from ..training.trainer import Epoch, fit, fixed, in_phases
 from .exit_losses import ExitLoss, FrozenTeacher, Hints, Ramped, Teachers, Weighted
 from .meta_exits import train_meta
 from .self_distillation import SelfDistillation
@@ -67,7 +68,7 @@ def _sum(exits: int) -> ExitLoss:
 
 _ALONE = Phase(lambda exits: Weighted([0.0] * exits + [1.0]), "trunk")
 
-RECIPES: dict[str, tuple[Phase, ...]] = {
+RECIPES: dict[ExitRecipe, tuple[Phase, ...]] = {
     "distill": (Phase(lambda exits: SelfDistillation()),),
     "distill-all": (Phase(lambda exits: SelfDistillation(teacher="all")),),
     "sum": (Phase(_sum),),
@@ -81,7 +82,7 @@ RECIPES: dict[str, tuple[Phase, ...]] = {
     "ztw": (Phase(_sum, "answers"), Phase(_sum, "ensembles")),
 }
 
-META = "meta"  # is no phases of losses, see `meta_exits`
+META: ExitRecipe = "meta"  # is no phases of losses, see `meta_exits`
 
 
 def check_recipe(recipe: str, freeze_trunk: bool, head: str) -> None:
@@ -99,59 +100,53 @@ def check_recipe(recipe: str, freeze_trunk: bool, head: str) -> None:
 def train_exits(
     dynamic: DynamicModel,
     train: LabelledData,
-    *,
-    recipe: str = "distill",
-    lr: float,
-    trunk_lr: float,
-    epochs: int,
-    batch_size: int = 128,
-    run_dir: str | os.PathLike[str] | None = None,
-    **options: Any,
+    recipe: ExitRecipe,
+    training: Training,
+    run: Run = Run(),
 ) -> list[Epoch]:
-    """Trains all exits in place; every phase takes `epochs`. Further `options` are those of `trainer.fit`.
+    """Trains all exits in place.
 
     Args:
-        recipe: a name in RECIPES, or META.
-        lr: peak learning rate of the heads. trunk_lr: of the rest, as a share of it; 0 = frozen, in eval mode.
-        run_dir: a recipe of several phases keeps each in a folder of its own there.
+        training: every phase takes the epochs. lr is that of the heads; where trunk_lr is 0, the rest is frozen, in
+            eval mode. The optimiser is the recipe's.
+        run: a recipe of several phases keeps each in a folder of its own.
 
     Raises:
         RequestError: the recipe does not go with the model, or as `fit`.
     """
+    training = completed(training, Convert.training)
     if recipe == META:
-        return train_meta(dynamic, train, lr=lr, batch_size=batch_size, epochs=epochs, run_dir=run_dir, **options)
-    phases = [p for p in RECIPES[recipe] if trunk_lr > 0 or p.moves != "trunk"]
+        return train_meta(dynamic, train, training, run)
+    phases = [p for p in RECIPES[recipe] if training.trunk_lr > 0 or p.moves != "trunk"]
 
-    def trained(phase: Phase, folder: Path | None) -> list[Epoch]:
-        own = {"epochs": epochs, "batch_size": batch_size, "run_dir": folder, **options}
-        return _train(dynamic.trunk, phase, phase.loss(len(dynamic.exits)), train, lr, trunk_lr, own)
+    def trained(phase: Phase, part: Run) -> list[Epoch]:
+        return _train(dynamic.trunk, phase, phase.loss(len(dynamic.exits)), train, training, part)
 
-    return in_phases([partial(trained, phase) for phase in phases], run_dir)
+    return in_phases([partial(trained, phase) for phase in phases], run)
 
 
 def _train(
-    trunk: fx.GraphModule, phase: Phase, loss: ExitLoss, train: LabelledData, lr: float, trunk_lr: float,
-    options: dict[str, Any],
-) -> list[Epoch]:  # fmt: skip
+    trunk: fx.GraphModule, phase: Phase, loss: ExitLoss, train: LabelledData, training: Training, run: Run
+) -> list[Epoch]:
     heads, rest = _divided(trunk)
     ensembles = {n: p for n, p in heads.items() if ".ensemble." in n}
     moved = {
         "all": heads, "heads": heads, "trunk": {}, "ensembles": ensembles,
         "answers": {n: p for n, p in heads.items() if n not in ensembles},
     }[phase.moves]  # fmt: skip
-    with_trunk = trunk_lr > 0 and phase.moves in ("all", "trunk", "answers")
+    with_trunk = training.trunk_lr > 0 and phase.moves in ("all", "trunk", "answers")
     groups: list[dict[str, Any]] = [{"params": list(moved.values())}] if moved else []
     if with_trunk:
-        groups.append({"params": list(rest.values()), "lr": trunk_lr * lr})
+        groups.append({"params": list(rest.values()), "lr": training.trunk_lr * training.lr})
     model: nn.Module = trunk
     if phase.taps is not None:
         model = phase.taps(trunk)
         groups[0]["params"] += list(model.extra.parameters())
-    optimizer: Optimizer = partial(torch.optim.SGD, momentum=0.9) if phase.balanced else torch.optim.AdamW
+    training = replace(training, optimizer="sgd" if phase.balanced else "adamw")
     still = [p for n, p in [*heads.items(), *rest.items()] if n not in moved and not (with_trunk and n in rest)]
     frozen = [] if with_trunk else _outside(trunk, exit_modules(trunk))
     with fixed(still), _divided_gradients(trunk) if phase.balanced else fixed([]):
-        return fit(model, loss, train, lr=lr, parameters=groups, keep_eval=frozen, optimizer=optimizer, **options)
+        return fit(model, loss, train, training, run, parameters=groups, keep_eval=frozen)
 
 
 def _divided(trunk: fx.GraphModule) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

@@ -48,7 +48,7 @@ def search_exits(
     calibrated = [z / t for z, t in zip(cached.logits, (*temperatures, 1.0), strict=True)]
     if goal.least == "latency":
         policy = ExitPolicy("max-softmax", (1.0,) * len(temperatures))
-        cached = cached.timed(time_costs(dynamic, calibration, policy, batch=goal.latency_batch, device=device))
+        cached = cached.timed(time_costs(dynamic, calibration, policy, batch=goal.leaving.latency_batch, device=device))
     *spent, total = accumulate(cached.stage_costs)
     full = float(cached.right[-1].mean())
 

@@ -6,19 +6,21 @@ blockdrop    curriculum, then joint      drawn, at first for the last gates     
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from ...passes.gates.insert_gates import GATES_PATH
 from ...passes.gates.read_gates import deciding
+from ..options.choices import GateKind
+from ..options.training_options import Run, Training
 from ..training.batches import LabelledData
 from ..training.trainer import Epoch, fit, fixed
 from .gate_decisions import Curriculum, Gumbel, Sampled, StraightThrough
 from .gate_losses import Budget, Drops, GateLoss, GateRun, Hybrid, MacShares, Rates
 
-GUMBEL, SKIPNET, BLOCKDROP = GATE_KINDS = ("gumbel", "skipnet", "blockdrop")
+GUMBEL, SKIPNET, BLOCKDROP = GATE_KINDS = get_args(GateKind)
 _SUPERVISED, _HYBRID, _DRAWN, _CURRICULUM, _JOINT = "supervised", "hybrid", "hybrid alone", "curriculum", "joint"
 _TWO = {SKIPNET: (_SUPERVISED, _HYBRID, 0.5), BLOCKDROP: (_CURRICULUM, _JOINT, 0.6)}  # and the first's share of epochs
 
@@ -73,24 +75,28 @@ def make_phase(name: str, goal: GateTarget) -> GatePhase:
 
 
 def train_gates(
-    gm: fx.GraphModule, phase: GatePhase, teacher: fx.GraphModule | None, train: LabelledData, trunk_lr: float,
-    options: dict[str, Any],
-) -> list[Epoch]:  # fmt: skip
-    """Trains a gated graph in place for one phase; `trunk_lr` is the model's share of the peak rate in `options`."""
+    gm: fx.GraphModule,
+    phase: GatePhase,
+    teacher: fx.GraphModule | None,
+    train: LabelledData,
+    training: Training,
+    run: Run,
+) -> list[Epoch]:
+    """Trains a gated graph in place for one phase."""
     gates = [p for name, p in gm.named_parameters() if name.startswith(GATES_PATH)]
     rest = [p for name, p in gm.named_parameters() if not name.startswith(GATES_PATH) and p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": gates}]
     still: list[nn.Module] = []
     if phase.moves_model:
-        groups.append({"params": rest, "lr": trunk_lr * options["lr"]})
+        groups.append({"params": rest, "lr": training.trunk_lr * training.lr})
     else:
         still = [module for name, module in gm.named_modules() if name and not f"{name}.".startswith(GATES_PATH)]
     with fixed([] if phase.moves_model else rest):
-        run = _Training(gm, phase)
-        return fit(run, phase.loss, train, parameters=groups, keep_eval=still, teacher=teacher, **options)
+        gated = _Gated(gm, phase)
+        return fit(gated, phase.loss, train, training, run, parameters=groups, keep_eval=still, teacher=teacher)
 
 
-class _Training(nn.Module):
+class _Gated(nn.Module):
     """Inputs -> `GateRun`."""
 
     def __init__(self, gm: fx.GraphModule, phase: GatePhase) -> None:

@@ -1,9 +1,7 @@
 """Structured pruning beside its baselines, low-rank layers and unstructured zeros, at the same share of parameters."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +10,14 @@ from torch import fx, nn
 from ...errors import RequestError
 from ...passes.capture.capture import capture
 from ...passes.graph.cost import count_parameters
-from ...passes.rewrites.low_rank import LowRank
 from ..evaluation.report_entries import StaticEntry, measure
+from ..options.steps import Compare
+from ..options.training_options import Run, Training
 from ..training.batches import LabelledData, device_of_model, examples_of
-from ..training.losses import cross_entropy
-from ..training.recalibrate import recalibrate_batchnorm
-from ..training.trainer import fit
-from .prune import RECALIBRATION_BATCHES, prune
-from .unstructured import HoldZeros, SparseLinear, as_sparse, prune_weights, weights_of
+from .after_cut import check_finetune, train_after_cut
+from .baselines import low_rank, prune_weights
+from .prune import prune
+from .unstructured import HoldZeros, SparseLinear, as_sparse, weights_of
 
 UNSTRUCTURED = "unstructured"
 _INPUTS, _REPEATS = {1: 2}, 50  # by batch size: different batches that are timed; and how often each is
@@ -52,15 +50,10 @@ def compare(
     train: LabelledData,
     test: LabelledData,
     *,
-    shares: Sequence[float] = (0.5, 0.25),
-    finetune: int = 1,
-    lr: float = 1e-3,
-    batch_size: int = 128,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    progress: bool = False,
+    shares: Sequence[float] = Compare.shares,
+    finetune: int = Compare.finetune,
+    training: Training = Compare.training,
+    run: Run = Run(),
 ) -> Comparison:
     """Prunes structure, cuts ranks and zeroes single weights, each to the same shares of the parameters, and measures.
 
@@ -71,8 +64,7 @@ def compare(
         model: any model `capture` takes, trained; measured as it is too.
         train, test: map-style, of (inputs, label); what is trained on, and what is judged and timed on.
         shares: of the parameters that stay, or of those that are not zero; each in (0, 1).
-        finetune: epochs, 0 or more; lr, batch_size, device, run_dir, resume: see `trainer.fit`.
-        progress: progress bars on standard error.
+        The other options are those of `options.steps.Compare`.
 
     Raises:
         RequestError: a share out of range, data missing or unfit, or no method reaches any share.
@@ -80,44 +72,28 @@ def compare(
     """
     if not shares or not all(0 < share < 1 for share in shares):
         raise RequestError(f"shares are the parts of the parameters that stay, each above 0 and below 1; got {shares}")
-    if finetune < 0:
-        raise RequestError(f"finetune is a number of epochs, 0 or more; got {finetune}")
+    check_finetune(finetune, train)
+    asked = Compare(shares=tuple(shares), finetune=finetune, training=training)
     examples = examples_of(train)
     gm = capture(model, examples)
     models, kinds, left_out = {"static": gm}, {"static": ("static", 1.0)}, dict[str, str]()
-    training = {"epochs": finetune, "lr": lr, "batch_size": batch_size, "device": device, "resume": resume}
     for name, (method, share) in _jobs(shares).items():
         try:
             small = _METHODS[method](gm, share)
         except RequestError as reason:
             left_out[name] = str(reason)
             continue
-        folder = Path(run_dir) / name if run_dir is not None else None
-        _train(small, train, method, seed, {**training, "run_dir": folder, "progress": progress})
+        hooks = [HoldZeros(small)] if method == UNSTRUCTURED else []
+        train_after_cut(small, train, finetune, asked.training, run.part(name), hooks=hooks)
         models[name], kinds[name] = small, (method, share)
     if len(models) == 1:
         raise RequestError(f"no method reaches any share: {next(iter(left_out.values()))}")
-    where = torch.device(device) if device is not None else device_of_model(gm)
+    where = torch.device(run.device) if run.device is not None else device_of_model(gm)
     return Comparison(models, _entries(models, kinds, examples, test, where), left_out)
-
-
-def _train(small: fx.GraphModule, data: LabelledData, method: str, seed: int, training: dict[str, Any]) -> None:
-    recalibrate_batchnorm(small, data, batches=RECALIBRATION_BATCHES, seed=seed)
-    if training["epochs"]:
-        hooks = [HoldZeros(small)] if method == UNSTRUCTURED else []
-        fit(small, cross_entropy, data, hooks=hooks, seed=seed, **training)
 
 
 def _jobs(shares: Sequence[float]) -> dict[str, tuple[str, float]]:
     return {f"{method}-{share}": (method, share) for share in shares for method in _METHODS}
-
-
-def _low_rank(gm: fx.GraphModule, share: float) -> fx.GraphModule:
-    return LowRank(params=share)(gm).gm
-
-
-def _structured(gm: fx.GraphModule, share: float) -> fx.GraphModule:
-    return prune(gm, params=share)
 
 
 def _unstructured(gm: fx.GraphModule, share: float) -> fx.GraphModule:
@@ -126,12 +102,12 @@ def _unstructured(gm: fx.GraphModule, share: float) -> fx.GraphModule:
     zeros = (1 - share) * whole
     if zeros > weights:
         raise RequestError(f"params={share} is out of reach: only {weights} of {whole} parameters are weights")
-    return prune_weights(gm, zeros / weights)
+    return prune_weights(gm, sparsity=zeros / weights)
 
 
 _METHODS: dict[str, Callable[[fx.GraphModule, float], fx.GraphModule]] = {
-    "structured": _structured,
-    "low-rank": _low_rank,
+    "structured": lambda gm, share: prune(gm, params=share),
+    "low-rank": lambda gm, share: low_rank(gm, params=share),
     UNSTRUCTURED: _unstructured,
 }
 

@@ -19,9 +19,10 @@ from ...passes.axes.axis_kinds import BRANCH
 from ...passes.dims.dims import Atom, Dim, Keep, leaves
 from ...passes.dims.rule_registry import flat
 from ...passes.shrink.shrink import shrink_axes
+from ..options.limits import Limits
 from .cost_left import share_left
 from .latency import Latency
-from .ranking import Limits, Ranking
+from .ranking import Ranking, candidates
 from .removal_search import saved_by, search
 
 _ERROR = 0.05
@@ -84,7 +85,7 @@ def choose_by_latency(
 
 def _ways(axes: Axes, limits: Limits, scope: str | None) -> Iterator[tuple[str, Limits, float]]:
     """Scopes, limits and eagerness of the rankings to try."""
-    has_branches = any(axis.kind == BRANCH for axis in limits.candidates(axes))
+    has_branches = any(axis.kind == BRANCH for axis in candidates(axes, limits))
     for eager in _EAGER if has_branches else (0.0,):
         yield scope or "global", limits, eager
     if scope is None:

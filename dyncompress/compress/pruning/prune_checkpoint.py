@@ -6,6 +6,7 @@ l2(i) = sqrt( sum over slices of ||w_i||^2 )        as `importance`; squares and
 import json
 import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,13 @@ from ...runtime.sharded.match_tensors import match
 from ...runtime.sharded.shard_writer import write_json
 from ...runtime.sharded.shrink_checkpoint import MAX_SHARD_BYTES, check_output, shrink_checkpoint
 from ..importance.group_sums import parameter_slices
+from ..options.limits import Limits
+from ..options.method_options import Cuts
+from ..options.steps import Prune, refuse
+from ..options.training_options import Run
 from .cost_left import one_target
-from .prune import Limits, choose
 from .ranking import default_scope
+from .removal_search import choose
 
 KEPT = "kept.json"  # what was chosen and for which request: a resumed run does not rank again
 
@@ -34,31 +39,26 @@ def prune_checkpoint(
     source: str | PathLike[str],
     out: str | PathLike[str],
     *,
-    ratio: float | None = None,
-    macs: float | None = None,
-    params: float | None = None,
-    bytes: float | None = None,
-    scope: str | None = None,
-    floor: float = 0.1,
-    ceiling: float = 1.0,
-    round_to: int | None = None,
-    ignore: Sequence[str] = (),
-    depth: bool = False,
-    exact: bool = False,
+    ratio: float | None = Prune.ratio,
+    macs: float | None = Prune.macs,
+    params: float | None = Prune.params,
+    bytes: float | None = Prune.bytes,
     drop: Sequence[str] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: bool = True,
-    resume: bool = True,
     overwrite: bool = False,
+    limits: Limits = Prune.limits,
+    cuts: Cuts = Prune.cuts,
+    run: Run = Run(),
 ) -> Path:
     """Prunes a checkpoint by L2 importance without loading it; the kept indices are in kept.json beside the result.
 
-    A run that was killed goes on where it stopped; the same call on its finished result does nothing.
+    With resume, a run that was killed goes on where it stopped, and the same call on its finished result does nothing.
 
     Args:
         gm: the model, captured on the meta device (`capture_empty`), in the dtypes of the source.
-        ratio, macs, params, bytes, scope, floor, ceiling, round_to, ignore, depth: as for `prune`.
-        source, out, exact, drop, max_shard_bytes, progress, resume, overwrite: as for `shrink_checkpoint`.
+        ratio, macs, params, bytes, limits: as for `prune`. cuts: scope and exact; there is one cut.
+        source, out, drop, max_shard_bytes, overwrite: as for `shrink_checkpoint`.
+        run: resume and progress; nothing is drawn at random, and `out` is the run's folder.
 
     Returns:
         `out`.
@@ -67,11 +67,14 @@ def prune_checkpoint(
         RequestError, DynCompressError: as `prune` and `shrink_checkpoint`; weights that are not finite.
     """
     metric, target = one_target({"ratio": ratio, "macs": macs, "params": params, "bytes": bytes})
-    scope, stored, folder = scope or default_scope(depth), Source(Path(source)), Path(out)
-    axes, limits = infer_axes(gm), Limits(floor, round_to or 1, tuple(ignore), ceiling, depth)
+    refuse("prune_checkpoint", cuts, ("steps", "distill", "latency_batch"))
+    refuse("prune_checkpoint", run, ("seed", "device", "run_dir"))
+    scope, stored, folder = cuts.scope or default_scope(limits.depth), Source(Path(source)), Path(out)
+    axes, limits = infer_axes(gm), replace(limits, round_to=limits.round_to or 1)
+    resume, progress = run.resume, run.shows_progress
     request = {
-        metric: target, "scope": scope, "floor": floor, "ceiling": ceiling, "round_to": round_to,
-        "ignore": list(ignore), "depth": depth, "exact": exact, "drop": list(drop),
+        metric: target, "scope": scope, **asdict(limits), "ignore": list(limits.ignore), "exact": cuts.exact,
+        "drop": list(drop),
         "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in stored.files],
     }  # fmt: skip
     finished = is_finished(folder)
@@ -86,7 +89,7 @@ def prune_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / KEPT, {"request": request, "keep": keep})
     return shrink_checkpoint(
-        gm, keep, source, out, exact=exact, drop=drop, max_shard_bytes=max_shard_bytes, progress=progress,
+        gm, keep, source, out, exact=cuts.exact, drop=drop, max_shard_bytes=max_shard_bytes, progress=progress,
         resume=resume, overwrite=overwrite,
     )  # fmt: skip
 

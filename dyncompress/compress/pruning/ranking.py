@@ -16,10 +16,10 @@ so that a branch that stands out among branches as a channel does among channels
 eager e, before it.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import get_args
 
 import torch
 from torch import Tensor, fx
@@ -30,72 +30,28 @@ from ...passes.axes.axis_kinds import BRANCH
 from ...passes.dims.dims import Atom, Keep
 from ...passes.edit.analysis import Analysis
 from ..importance.group_sums import normalised
-
-SCOPES = ("global", "axis", "block")
+from ..options.choices import Scope
+from ..options.limits import Limits
 
 _NOTHING = torch.zeros(0, dtype=torch.int64)
-_FINE, _WIDE = 24, 128  # from these sizes on, hardware likes multiples of 8 and of 16
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What ranking may do.
+def candidates(axes: Axes, limits: Limits) -> list[Axis]:
+    """The axes that may shrink.
 
-    `floor` and `ceiling` are the least and the largest share of an axis that stays, counts are multiples of `round_to`
-    (None: of 16 where the axis has 128 indices or more, of 8 from 24 on), axes with a slice in a module or parameter
-    named in `ignore` stay whole, `depth` lets residual branches go.
+    Raises:
+        RequestError: `limits.ignore` names something that is not there.
     """
+    for name in limits.ignore:
+        if not any(_is_in(axis, name) for axis in axes):
+            raise RequestError(f"ignore names {name!r}, but no parameter of the model is called that or lies below it")
+    free = [axis for axis in axes.prunable if not any(_is_in(axis, name) for name in limits.ignore)]
+    return [axis for axis in free if limits.depth or axis.kind != BRANCH]
 
-    floor: float = 0.1
-    round_to: int | None = 1
-    ignore: Sequence[str] = ()
-    ceiling: float = 1.0
-    depth: bool = False
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.floor <= 1:
-            raise RequestError(f"floor is a share of each axis, between 0 and 1; got {self.floor}")
-        if not self.floor <= self.ceiling <= 1:
-            raise RequestError(f"ceiling is a share of each axis, between floor and 1; got {self.ceiling}")
-        if self.round_to is not None and self.round_to < 1:
-            raise RequestError(f"round_to must be at least 1; got {self.round_to}")
-
-    def step(self, size: int) -> int:
-        """What counts of an axis of `size` are multiples of."""
-        if self.round_to is not None:
-            return self.round_to
-        return 16 if size >= _WIDE else 8 if size >= _FINE else 1
-
-    def least(self, size: int) -> int:
-        """The smallest allowed count of an axis of `size`."""
-        return self.rounded(max(1, math.ceil(size * self.floor)), size)
-
-    def most(self, size: int) -> int:
-        """The largest allowed count of an axis of `size`."""
-        return max(self.least(size), self.rounded(math.ceil(size * self.ceiling), size))
-
-    def rounded(self, count: int, size: int) -> int:
-        """`count` up to the next multiple, at most `size`."""
-        step = self.step(size)
-        return min(size, -(-count // step) * step)
-
-    def ignores(self, axis: Axis) -> bool:
-        """Whether a name in `ignore` is, or contains, a tensor of the axis."""
-        tensors = [s.tensor for s in axis.slices]
-        return any(t == name or t.startswith(f"{name}.") for t in tensors for name in self.ignore)
-
-    def candidates(self, axes: Axes) -> list[Axis]:
-        """The axes that may shrink.
-
-        Raises:
-            RequestError: `ignore` names something that is not there.
-        """
-        for name in self.ignore:
-            if not any(Limits(ignore=(name,)).ignores(axis) for axis in axes):
-                raise RequestError(
-                    f"ignore names {name!r}, but no parameter of the model is called that or lies below it"
-                )
-        return [a for a in axes.prunable if not self.ignores(a) and (self.depth or a.kind != BRANCH)]
+def _is_in(axis: Axis, name: str) -> bool:
+    """Whether this is the name of a tensor of the axis, or of a module that holds one."""
+    return any(s.tensor == name or s.tensor.startswith(f"{name}.") for s in axis.slices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,14 +88,14 @@ class Ranking:
         eager: float = 0.0,
     ) -> None:
         check_scope(scope)
-        candidates = [axis for axis in limits.candidates(axes) if axis.name in scores]
+        free = [axis for axis in candidates(axes, limits) if axis.name in scores]
         self.axes, self.limits, self.whole, self._eager = axes, limits, whole or {}, eager
-        self.widths = [axis for axis in candidates if axis.kind != BRANCH]
+        self.widths = [axis for axis in free if axis.kind != BRANCH]
         self._scores = {a.name: scores[a.name] if comparable else normalised(scores[a.name]) for a in self.widths}
         self._orders = {name: score.argsort(stable=True) for name, score in self._scores.items()}
         found = [unit for axis in self.widths for unit in self._units_of(axis)]
-        found += self._branches([axis for axis in candidates if axis.kind == BRANCH], scores, branch_cost)
-        self.units = _ordered(found, _scopes(axes, candidates, scope))
+        found += self._branches([axis for axis in free if axis.kind == BRANCH], scores, branch_cost)
+        self.units = _ordered(found, _scopes(axes, free, scope))
 
     def allowed(self, axis: Axis) -> list[int]:
         """The counts that an axis may have, ascending; the last is all of it."""
@@ -200,8 +156,8 @@ def default_scope(depth: bool) -> str:
 
 def check_scope(scope: str) -> None:
     """Raises RequestError for a scope that does not exist."""
-    if scope not in SCOPES:
-        raise RequestError(f"unknown scope {scope!r}; choose one of {', '.join(SCOPES)}")
+    if scope not in get_args(Scope):
+        raise RequestError(f"unknown scope {scope!r}; choose one of {', '.join(get_args(Scope))}")
 
 
 def dead_axes(axes: Axes, gone: Iterable[Atom]) -> set[str]:
@@ -228,15 +184,15 @@ def _ordered(units: list[Unit], scope_of: Mapping[str, object]) -> list[Unit]:
     return [unit for _, _, unit in sorted(placed, key=lambda entry: entry[:2])]
 
 
-def _scopes(axes: Axes, candidates: list[Axis], scope: str) -> dict[str, object]:
+def _scopes(axes: Axes, shrinkable: list[Axis], scope: str) -> dict[str, object]:
     """The scope of each axis, by name; all branches share one where every axis is its own."""
     if scope == "global":
-        return dict.fromkeys((axis.name for axis in candidates), None)
+        return dict.fromkeys((axis.name for axis in shrinkable), None)
     if scope == "axis":
-        return {axis.name: BRANCH if axis.kind == BRANCH else axis.name for axis in candidates}
+        return {axis.name: BRANCH if axis.kind == BRANCH else axis.name for axis in shrinkable}
     users = _first_users(axes.types.gm)
     block_of = {node: i for i, block in enumerate(Analysis(axes.types).blocks) for node in block.nodes}
-    return {axis.name: block_of.get(users.get(axis.slices[0].tensor)) for axis in candidates}  # type: ignore[arg-type]
+    return {axis.name: block_of.get(users.get(axis.slices[0].tensor)) for axis in shrinkable}  # type: ignore[arg-type]
 
 
 def _first_users(gm: fx.GraphModule) -> dict[str, fx.Node]:

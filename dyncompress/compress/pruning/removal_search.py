@@ -9,8 +9,9 @@ from ...errors import RequestError
 from ...passes.axes.axes import Axes, Axis
 from ...passes.axes.axis_kinds import BRANCH
 from ...passes.dims.dims import Keep
+from ..options.limits import Limits
 from .cost_left import Left, share_left
-from .ranking import Limits, Ranking, Unit
+from .ranking import Ranking, Unit, candidates
 
 TOLERANCE = 0.02
 _REFINEMENTS = 256
@@ -39,7 +40,7 @@ def choose(
     Raises:
         RequestError: the target cannot be met within the limits, an unknown scope or ignored name.
     """
-    left = share_left(axes, metric, limits.candidates(axes))
+    left = share_left(axes, metric, candidates(axes, limits))
     ranking = Ranking(axes, scores, limits, saved_by(axes, left), scope=scope, comparable=comparable, whole=whole)
     return ranking.keep(search(ranking, left, metric, target))
 

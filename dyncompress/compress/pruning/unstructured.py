@@ -6,7 +6,7 @@ the speed of unstructured sparsity can be measured for what it is.
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,12 +16,12 @@ from ...errors import RequestError
 from ...passes.graph.copying import deep_copy
 from ...passes.graph.cost import node_macs
 from ...passes.modules.ragged_recurrent import RaggedRecurrent
+from ..options.choices import WeightScope
 from ..training.hooks import Hook, TrainingRun
 from .reports import PruneWeightsReport
 
 aten = torch.ops.aten
 
-SCOPES = ("global", "layer")
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, RaggedRecurrent)
 _OPERATORS = (aten.linear, aten.conv1d, aten.conv2d, aten.conv3d)  # layers that were not lifted
 
@@ -49,24 +49,12 @@ def _multiplies(weight: fx.Node) -> Callable[[fx.Node], bool]:
 
 
 @torch.no_grad()
-def prune_weights(gm: fx.GraphModule, sparsity: float, *, scope: str = "global") -> fx.GraphModule:
-    """A copy of `gm` in which exactly round(sparsity * n) of the n weights are zero, the smallest in magnitude.
-
-    To train what is left, give `fit` the hook `HoldZeros(result)`. What was done is in `PruneWeightsReport.of(result)`:
-    the share of zeros of every weight.
-
-    Args:
-        gm: a captured model; see `weights_of` for what counts as a weight.
-        sparsity: share of the weights that becomes zero, in [0, 1].
-        scope: "global": all weights compete; "layer": every weight tensor loses the same share.
-
-    Raises:
-        RequestError: a sparsity out of range, an unknown scope, no weights, or some that are not finite.
-    """
+def with_zeros(gm: fx.GraphModule, sparsity: float, scope: WeightScope) -> fx.GraphModule:
+    """See `baselines.prune_weights`, which trains what is left too."""
     if not 0 <= sparsity <= 1:
         raise RequestError(f"sparsity is the share of weights that becomes zero, 0 to 1; got {sparsity}")
-    if scope not in SCOPES:
-        raise RequestError(f"there is no scope {scope!r}: use one of {', '.join(SCOPES)}")
+    if scope not in get_args(WeightScope):
+        raise RequestError(f"there is no scope {scope!r}: use one of {', '.join(get_args(WeightScope))}")
     result = deep_copy(gm)
     weights = weights_of(result)
     if not weights:

@@ -11,7 +11,7 @@ Reading fills in every default, so that the text written beside a result is the 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import yaml
 
 from ...errors import RequestError
 from ...passes.field_types import checked_values, field_types
+from ..options.flat import build, options_of, values_of
 from ..options.steps import STEPS, Step
 
 
@@ -40,7 +41,7 @@ class Recipe:
     def __str__(self) -> str:
         """The YAML text that reads back as this recipe."""
         plain: dict[str, Any] = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "steps"}
-        plain["steps"] = [{step.name: {k: _plain(v) for k, v in asdict(step).items()}} for step in self.steps]
+        plain["steps"] = [{step.name: {k: _plain(v) for k, v in values_of(step).items()}} for step in self.steps]
         return yaml.safe_dump(plain, sort_keys=False, width=110)
 
 
@@ -87,13 +88,17 @@ def _step(tree: Any, where: str) -> Step:
         raise RequestError(f"{where}: there is no step {name!r}: use one of {', '.join(STEPS)}")
     if options is not None and not isinstance(options, dict):
         raise RequestError(f"{where}.{name}: expected options such as {{key: value}}, got {options!r}")
-    return STEPS[name](**checked_values(field_types(STEPS[name]), options or {}, f"{where}.{name}"))
+    return build(STEPS[name], checked_values(_hints(STEPS[name]), options or {}, f"{where}.{name}"))
 
 
 def _single(tree: Any, where: str) -> tuple[Any, Any]:
     if not isinstance(tree, dict) or len(tree) != 1:
         raise RequestError(f"{where}: expected one step, such as 'prune: {{macs: 0.7}}', got {tree!r}")
     return next(iter(tree.items()))
+
+
+def _hints(kind: type[Step]) -> dict[str, Any]:
+    return {name: option.hint for name, option in options_of(kind).items()}
 
 
 _RECIPE_OPTIONS = {key: hint for key, hint in field_types(Recipe).items() if key != "steps"}
@@ -116,10 +121,12 @@ def _override(recipe: Recipe, text: str) -> Recipe:
         raise RequestError(f"--set {text}: the recipe has {found} {name!r}: edit the file")
     steps = list(recipe.steps)
     step = steps[matches[0]]
-    changes = checked_values(field_types(type(step)), {option: value}, f"--set {text}")
-    steps[matches[0]] = replace(step, **changes)
+    changes = checked_values(_hints(type(step)), {option: value}, f"--set {text}")
+    steps[matches[0]] = build(type(step), values_of(step) | changes)
     return replace(recipe, steps=tuple(steps))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
+    if callable(value):
+        raise RequestError(f"a recipe is text, and {value} is a function: give the name of an optimizer")
     return list(value) if isinstance(value, tuple) else value

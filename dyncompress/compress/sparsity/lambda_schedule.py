@@ -21,7 +21,8 @@ from torch import Tensor
 from ...passes.axes.axes import Axes, Axis
 from ...passes.axes.axis_kinds import BRANCH
 from ...passes.dims.dims import Keep
-from ..pruning.ranking import Limits, dead_axes
+from ..options.limits import Limits
+from ..pruning.ranking import dead_axes
 from .group_lasso import GroupLasso
 
 DEADLINE = 0.6  # of the sparsifying epochs

@@ -16,9 +16,11 @@ from ...passes.axes.axis_kinds import BRANCH
 from ...passes.graph.copying import deep_copy
 from ...passes.modules.counted_norms import CountedGroupNorm, CountedLayerNorm, CountedRMSNorm
 from ...passes.shrink.plan import Plan, plan_axes
+from ..options.steps import Retrain
+from ..options.training_options import Run, Training
 from ..pruning.kept_indices import KeptAxis
 from ..pruning.reports import PruneReport
-from ..training.batches import LabelledData
+from ..training.batches import HasSplits, LabelledData, training_part
 from ..training.losses import cross_entropy
 from ..training.trainer import LossFunction, fit
 from .sparsify_report import SparsifyReport
@@ -26,29 +28,28 @@ from .sparsify_report import SparsifyReport
 
 def retrain(
     small: fx.GraphModule,
-    data: LabelledData,
+    data: HasSplits | LabelledData,
     *,
     early: fx.GraphModule | None = None,
-    epochs: int = 10,
-    seed: int = 0,
     loss_fn: LossFunction = cross_entropy,
-    **options: Any,
+    training: Training = Retrain.training,
+    run: Run = Run(),
 ) -> fx.GraphModule:
     """A model of the shape of `small`, trained from the weights of `early`, or from random ones.
 
     Args:
         small: what `sparsify` or `prune` made; without `early`, any captured model.
-        data: map-style, of (inputs, label); labels as `loss_fn` wants them.
-        early: as for `rewind`; None = `reinit`.
-        seed: of the random weights and of the order of the data.
-        options: of `trainer.fit`: optimizer, lr, batch_size, mixed_precision, device, run_dir, resume, progress.
+        data: map-style, of (inputs, label), labels as `loss_fn` wants them; or an object with such a `train` set.
+        early: as for `rewind`; None = `reinit`, with random weights of the run's seed.
+        loss_fn: (the model's output, labels) -> scalar.
 
     Raises:
         RequestError: as `rewind`, or data missing or unfit.
         DynCompressError: the training failed.
     """
-    gm = reinit(small, seed) if early is None else rewind(small, early)
-    fit(gm, loss_fn, data, epochs=epochs, seed=seed, **options)
+    asked = Retrain(training=training)
+    gm = reinit(small, run.seed) if early is None else rewind(small, early)
+    fit(gm, loss_fn, training_part(data), asked.training, run)
     return gm.eval()
 
 

@@ -21,9 +21,11 @@ from ...passes.dims.dims import Atom, Keep
 from ...passes.shrink.shrink import shrink_axes
 from ..importance.activations import activation_scores
 from ..importance.scores import Context, Scores
+from ..options.limits import Limits
+from ..options.method_options import Lasso
 from ..pruning.cost_left import COUNTS, Left, share_left
 from ..pruning.kept_indices import Kept
-from ..pruning.ranking import Limits, Ranking, default_scope
+from ..pruning.ranking import Ranking, candidates, default_scope
 from ..pruning.removal_search import saved_by, search
 from ..training.batches import LabelledData
 from ..training.hooks import Hook, TrainingRun
@@ -46,35 +48,31 @@ _LAMBDAS = 2  # lambda is set at every second of them: finding it may count the 
 class Request:
     """How to sparsify.
 
-    metric: "macs" or "params". target: the share of it that stays; or None, with `strength`, lambda, or
-    `penalty_ratio`, the penalty's share of the first loss. epochs: of sparsifying; finetune: of training after them.
+    metric: "macs" or "params". target: the share of it that stays; or None, with lasso's strength, lambda, or
+    penalty_ratio, the penalty's share of the first loss. epochs: of sparsifying; finetune: of training after them.
     """
 
     metric: str
     target: float | None
-    strength: float | None
-    penalty_ratio: float | None
     epochs: int
     finetune: int
-    shrink_every: int
     kinds: tuple[str, ...]
+    lasso: Lasso
     limits: Limits
-    ema: float | None
-    grow_batch: bool
     distill: float
 
     def __post_init__(self) -> None:
         check_kinds(self.kinds)
-        for name, value in {"strength": self.strength, "penalty_ratio": self.penalty_ratio}.items():
+        for name, value in {"strength": self.lasso.strength, "penalty_ratio": self.lasso.penalty_ratio}.items():
             if value is not None and not value > 0:
                 raise RequestError(f"{name} is {value}: give a positive number")
         for name, count, least in (("epochs", self.epochs, 1), ("finetune", self.finetune, 0)):
             if count < least:
                 raise RequestError(f"{name} is a number of epochs, {least} or more; got {count}")
-        if self.shrink_every < 1:
-            raise RequestError(f"shrink_every is a number of epochs, 1 or more; got {self.shrink_every}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise RequestError(f"ema is the decay of an average, between 0 and 1; got {self.ema}")
+        if self.lasso.shrink_every < 1:
+            raise RequestError(f"shrink_every is a number of epochs, 1 or more; got {self.lasso.shrink_every}")
+        if self.lasso.ema is not None and not 0 < self.lasso.ema < 1:
+            raise RequestError(f"ema is the decay of an average, between 0 and 1; got {self.lasso.ema}")
 
 
 class Sparsifier(Hook):
@@ -88,7 +86,7 @@ class Sparsifier(Hook):
         self.asked, self._loss_fn = request, loss_fn
         self._samples = Context(data=data, samples=_BRANCH_SAMPLES)
         self._shown: Mapping[str, str] = {}
-        self.strength = request.strength or 0.0
+        self.strength = request.lasso.strength or 0.0
         self.learned: float | None = None  # the share that was left before the weakest were cut; None: nothing was cut
         self.surgeries: list[SurgeryReport] = []
         self._reached = self._near = False
@@ -110,7 +108,8 @@ class Sparsifier(Hook):
     # --- what the trainer calls ---------------------------------------------------------------------------------------
 
     def settings(self) -> Mapping[str, object]:
-        return asdict(self.asked) | {"kinds": list(self.asked.kinds), "limits": str(self.asked.limits)}
+        plain = {"kinds": list(self.asked.kinds), "limits": str(self.asked.limits), "lasso": None}
+        return asdict(self.asked.lasso) | asdict(self.asked) | plain
 
     def postfix(self) -> Mapping[str, str]:
         """The groups that are not zero, and the share that they leave."""
@@ -121,25 +120,26 @@ class Sparsifier(Hook):
         self._steps = timetable.steps_after(self.asked.epochs)
         self._deadline = timetable.steps_after(DEADLINE * self.asked.epochs)
         self._lrs, self._every = timetable.lrs[: self._steps], max(1, self._steps // _CHECKS)
-        self._decay = (self.asked.ema or 0.0) ** timetable.growth  # an average over as many samples as before
+        self._decay = (self.asked.lasso.ema or 0.0) ** timetable.growth  # an average over as many samples as before
 
     def begin(self, run: TrainingRun) -> None:
         """The first check, on the device."""
         self._take(self.model)
-        self.average = {n: p.detach().clone() for n, p in self.model.named_parameters() if self.asked.ema is not None}
+        averaged = self.model.named_parameters() if self.asked.lasso.ema is not None else ()
+        self.average = {name: parameter.detach().clone() for name, parameter in averaged}
         self._check(0)
 
     def after_step(self, step: int) -> None:
         """The proximal step, and a check where one is due; after the sparsifying steps, zeros are held."""
-        if step == 0 and self.asked.penalty_ratio is not None:
-            self.strength = self._from_ratio(self.asked.penalty_ratio)
+        if step == 0 and self.asked.lasso.penalty_ratio is not None:
+            self.strength = self._from_ratio(self.asked.lasso.penalty_ratio)
         sparsifying = step < self._steps
         zero = self.lasso.proximal_(self._lrs[step] * self.strength if sparsifying else 0.0)
         if sparsifying:
             due = (step + 1) % self._every == 0 or (self._near and int(zero.sum()) > int(self._zero.sum()))
             if due and not self._reached:
                 self._check(step + 1)
-        if self.asked.ema is not None:
+        if self.asked.lasso.ema is not None:
             now = dict(self.model.named_parameters())
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.average.values()), [now[n] for n in self.average], 1 - self._decay)
@@ -147,7 +147,7 @@ class Sparsifier(Hook):
     def after_epoch(self, epoch: int) -> Surgery | None:
         """Takes out what is zero, if it is time; what is still too much after the last sparsifying epoch is cut."""
         last, zero = epoch == self.asked.epochs, ~self.lasso.live
-        due = last or self._reached or epoch % self.asked.shrink_every == 0
+        due = last or self._reached or epoch % self.asked.lasso.shrink_every == 0
         if epoch > self.asked.epochs or not due:
             return None
         left = self._left(zero)
@@ -172,7 +172,7 @@ class Sparsifier(Hook):
     def adopt(self, surgery: Surgery) -> None:
         """Goes on with what is left of the groups, of their average and of the record of what is kept."""
         self.kept.cut(surgery.plan)
-        if self.asked.ema is not None:
+        if self.asked.lasso.ema is not None:
             self.average = surgery.plan(self.average)
         self._take(surgery.model)
 
@@ -222,10 +222,10 @@ class Sparsifier(Hook):
     def _take(self, gm: fx.GraphModule) -> None:
         """Finds the groups of a model; with a target none is pulled until the next check."""
         self.model, self._axes = gm, infer_axes(gm)
-        candidates = self.asked.limits.candidates(self._axes)
-        self.lasso = GroupLasso(self._axes, self.asked.kinds, candidates=candidates)
+        found = candidates(self._axes, self.asked.limits)
+        self.lasso = GroupLasso(self._axes, self.asked.kinds, candidates=found)
         self._share = COUNTS[self.asked.metric](gm) / self._amount
-        self._measured = _remembered(share_left(self._axes, self.asked.metric, candidates))
+        self._measured = _remembered(share_left(self._axes, self.asked.metric, found))
         pull = self._floors() if self.asked.target is None else torch.zeros_like(self.lasso.sizes)
         self._hold(~self.lasso.live, pull)
 

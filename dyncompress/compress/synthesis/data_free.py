@@ -5,7 +5,6 @@ blend of two. Thresholds are chosen on as many of the one as of the other, and a
 for each would fit what exits do on impressions, which early ones answer far better than data.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from torch.utils.data import Dataset
 
 from ...errors import RequestError
 from ...passes.graph.inputs import Inputs
-from ..options.choices import WITHOUT_LABELS
+from ..options.choices import WITHOUT_LABELS, Precision
+from ..options.steps import Convert
+from ..options.training_options import Run
 from ..training.batches import LabelledData, call, placed
 from ..training.losses import logits_of
 from .few_samples import EPOCH, Blends
@@ -32,15 +33,16 @@ COST = (
 )
 
 
-def check_without_data(recipe: str, freeze_trunk: bool, risk: float | None, shots: int | None) -> None:
+def check_without_data(asked: Convert) -> None:
     """Raises RequestError for what cannot be done without data."""
-    if risk is not None:
+    recipe, shots = asked.recipe, asked.samples.shots
+    if asked.leaving.risk is not None:
         raise RequestError("a risk is promised for data like the calibration split: without data there is no promise")
     if shots is not None:
         raise RequestError(f"shots={shots} labelled samples per class are taken from the data: give data")
     if recipe not in WITHOUT_LABELS:
         raise RequestError(f"recipe={recipe!r} learns from labels: without data use one of {', '.join(WITHOUT_LABELS)}")
-    if not freeze_trunk:
+    if not asked.freeze_trunk:
         raise RequestError("without data there are no labels to train the trunk on: leave it frozen")
 
 
@@ -48,13 +50,8 @@ def splits_of_impressions(
     model: fx.GraphModule,
     example_inputs: Inputs,
     count: int,
-    *,
-    seed: int,
-    device: torch.device,
-    mixed_precision: str | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    progress: bool = True,
+    run: Run,
+    mixed_precision: Precision | None = None,
 ) -> tuple[LabelledData, LabelledData]:
     """Training data, unlabelled blends of impressions, and calibration data: others, labelled with the model's answers.
 
@@ -70,12 +67,9 @@ def splits_of_impressions(
             f"impressions is {count}: give enough to set {HELD_OUT:.0%} aside, such as {Synthesis.count}"
         )
     how = Synthesis(count=count, batch_size=min(count, Synthesis.batch_size))
-    inputs = make_impressions(
-        model, example_inputs, how,
-        seed=seed, device=device, mixed_precision=mixed_precision, run_dir=run_dir, resume=resume, progress=progress,
-    ).inputs  # fmt: skip
+    inputs = make_impressions(model, example_inputs, how, run=run, mixed_precision=mixed_precision).inputs
     kept, held = inputs[:-held_out], inputs[-held_out:]
-    shown = _shown(held, example_inputs, seed)
+    shown, device = _shown(held, example_inputs, run.seed), torch.device(run.device or "cpu")
     structure = pytree.tree_structure(example_inputs)
     return Blends(kept, example_inputs, _EPOCH), _Answered(shown, structure, _answers(model, shown, structure, device))
 

@@ -13,7 +13,6 @@ A batch depends on its number and the seed alone, so that an interrupted run res
 """
 
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -30,6 +29,8 @@ from tqdm import tqdm
 from ...errors import RequestError
 from ...passes.graph.copying import deep_copy
 from ...passes.graph.inputs import Inputs
+from ..options.method_options import Samples
+from ..options.training_options import Run
 from ..training.batches import call
 from ..training.losses import logits_of
 from ..training.store import Store, read_state
@@ -51,7 +52,7 @@ class Synthesis:
     network per batch, about as many as steps of L-BFGS. batch_norm, variation: the weights b and v.
     """
 
-    count: int = 384
+    count: int = Samples.impressions
     batch_size: int = 128
     steps: int = 240
     batch_norm: float = 10.0
@@ -71,20 +72,16 @@ def make_impressions(
     example_inputs: Inputs,
     how: Synthesis | None = None,
     *,
-    seed: int = 0,
+    run: Run = Run(),
     mixed_precision: str | None = None,
-    device: torch.device | str = "cpu",
-    run_dir: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    progress: bool = True,
 ) -> Impressions:
     """Impressions of a captured classifier, which stays as it is.
 
     Args:
         example_inputs: one call's inputs: a float tensor, batch first, alone or in a tuple or dict.
         how: None = the defaults.
+        run: every batch is saved in `impressions.pt` in its run_dir; on the CPU by default.
         mixed_precision: "bf16": the model answers in it; else in the precision of its weights.
-        run_dir: where every batch is saved, in `impressions.pt`; resume: go on there.
 
     Raises:
         RequestError: the model takes more than one tensor or no floats, or answers with anything but finite (batch,
@@ -92,20 +89,20 @@ def make_impressions(
     """
     how = how or Synthesis()
     shape = check_inputs(example_inputs)
-    subject = _Subject(model, example_inputs, torch.device(device), mixed_precision)
-    settings = {**asdict(how), "seed": seed, "shape": list(shape)}
-    store = Store(run_dir, FILE, settings, resume=resume, holds=_HELD)
+    subject = _Subject(model, example_inputs, torch.device(run.device or "cpu"), mixed_precision)
+    settings = {**asdict(how), "seed": run.seed, "shape": list(shape)}
+    store = Store(run.run_dir, FILE, settings, resume=run.resume, holds=_HELD)
     made: list[tuple[Tensor, Tensor]] = list(store.saved["batches"]) if store.saved is not None else []
     classes = subject.classes(shape)
     batches = math.ceil(how.count / how.batch_size)
     bar = tqdm(
         total=batches * how.steps, initial=len(made) * how.steps,
-        desc="impressions", unit="step", file=sys.stderr, disable=not progress,
+        desc="impressions", unit="step", file=sys.stderr, disable=not run.shows_progress,
     )  # fmt: skip
     with bar:
         while len(made) < batches:
             wanted = (torch.arange(how.batch_size) + len(made) * how.batch_size) % classes
-            noise = _START * torch.randn(how.batch_size, *shape, generator=_random(seed, len(made) + 1))
+            noise = _START * torch.randn(how.batch_size, *shape, generator=_random(run.seed, len(made) + 1))
             made.append((_answering(subject, noise, wanted, how, bar), wanted))
             store.save({"batches": made})
     return Impressions(*(x[: how.count] for x in _joined(made)))

@@ -9,7 +9,7 @@ larger batch shrinks as samples leave, and its small rest takes longer per sampl
 from dataclasses import dataclass
 from statistics import fmean, median
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from ...runtime.predict.timing import wait_for
 from ..evaluation.evaluate import ready
 from ..evaluation.wall_clock import latency_inputs
 from ..training.batches import LabelledData
-
-Cost = Literal["macs", "latency"]
 
 _SAMPLES, _LEAST, _REPEATS = 32, 3, 5  # samples to be timed, in so many batches or more, each so often
 

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from ...errors import RequestError
 from ...runtime.predict.dynamic import DynamicModel
-from ...runtime.predict.policy import RULES, ExitPolicy, Fallback, OperatingPolicy
+from ...runtime.predict.policy import RULES, ExitPolicy, OperatingPolicy
+from ..options.choices import Fallback
+from ..options.method_options import Leaving
+from ..options.steps import Convert
+from ..options.training_options import Run
 from ..training.batches import LabelledData
 from .calibrate import Calibration, calibrate_exits
-from .call_costs import CallTimes, Cost, time_costs
+from .call_costs import CallTimes, time_costs
 from .candidates import Cached, Candidates, by_genetic_search, by_one_threshold, by_quota, collect_cached
-from .goal import Goal, RiskKind, SearchKind
+from .goal import Goal
 from .held_out_loss import held_out_slack
 from .learned_score import fit_scorer
 from .operating_points import OperatingPoint, Search
@@ -28,21 +32,12 @@ def choose_policy(
     dynamic: DynamicModel,
     calibration: LabelledData,
     *,
-    rule: str = "max-softmax",
-    threshold_search: SearchKind | None = None,
-    max_loss: float = 0.005,
-    macs: float | None = None,
-    latency: float | None = None,
-    risk: float | None = None,
-    confidence: float = 0.9,
-    risk_of: RiskKind = "disagreement",
-    cost: Cost | None = None,
-    latency_batch: int = 1,
-    fallback: Fallback = "final",
+    max_loss: float = Convert.max_loss,
+    macs: float | None = Convert.macs,
+    latency: float | None = Convert.latency,
+    leaving: Leaving = Convert.leaving,
     static_logits: Tensor | None = None,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    progress: bool = False,
+    run: Run = Run(),
 ) -> PolicyReport:
     """Sets `dynamic.policy` for a stated accuracy loss, budget or risk, and `dynamic.table` for other budgets.
 
@@ -50,51 +45,44 @@ def choose_policy(
 
     Args:
         calibration: map-style, of (inputs, int label), not trained on; samples with label -1 are left out.
-        rule: a name in `runtime.policy.RULES`.
-        threshold_search: "grid" is exact on a grid (`thresholds`), "quota" tries 39 divisions of the samples
-            (`shares`), "genetic" evolves divisions, "uniform" tries one threshold for all exits (`candidates`); None =
-            grid, or genetic where a policy remembers.
         max_loss: accuracy (0..1) that may be lost on unseen samples. On the calibration set less is given away, see
-            `slack`, unless more cannot be reached.
+            `held_out_loss`, unless more cannot be reached.
         macs, latency: instead, a budget: mean MACs, or mean milliseconds, as a share of the static model's.
-        risk: instead, a rate (0..1) that holds for unseen samples with probability `confidence` (`risk`); one half of
-            the samples then makes temperatures and thresholds, the other one the promise.
-        risk_of: "disagreement" with the final exit, or "accuracy-loss" against it.
-        cost: what is to be least: "macs", or "latency" as measured on this device (`call_costs`), where every exit
-            costs what its calls take; None = what the budget is of, else MACs.
-        latency_batch: samples per call when latency is measured.
-        fallback: who answers samples that no exit is sure of: the "final" exit, or the "ensemble" (`runtime.policy`).
+        leaving: by which rule (`runtime.predict.policy`). Of the threshold searches, "grid" is exact on a grid
+            (`thresholds`), "quota" tries 39 divisions of the samples (`quotas`), "genetic" evolves divisions, "uniform"
+            tries one threshold for all exits (`candidates`). A risk holds for unseen samples with probability
+            `confidence` (`risk`); one half of the samples then makes temperatures and thresholds, the other one the
+            promise. Latency is measured on this device (`call_costs`), where every exit costs what its calls take; the
+            cost is by default what the budget is of, else MACs.
         static_logits: (N, classes) on the labelled samples, of the static model, where the final exit is not that any
             more; losses count from the better one of the two.
-        seed: of the division into halves and of the genetic search.
+        run: its seed is that of the division into halves and of the genetic search.
 
     Raises:
         RequestError: no labelled samples, too few for the promise, or thresholds that do what is asked do not exist.
     """
-    goal = Goal(
-        rule=rule, threshold_search=threshold_search, max_loss=max_loss, macs=macs, latency=latency, risk=risk,
-        confidence=confidence, risk_of=risk_of, cost=cost, latency_batch=latency_batch, fallback=fallback,
-    )  # fmt: skip
-    samples = collect_cached(dynamic, calibration, device)
-    tuning, promising = (samples, None) if risk is None else _halves(samples, seed)
+    goal = Goal(max_loss=max_loss, macs=macs, latency=latency, leaving=leaving)
+    risk = leaving.risk
+    samples = collect_cached(dynamic, calibration, run.device)
+    tuning, promising = (samples, None) if risk is None else _halves(samples, run.seed)
     fitted = calibrate_exits(tuning.logits, tuning.labels)
-    template = _template(rule, fallback, tuning, [c.temperature for c in fitted])
-    if risk is not None and risk_of == "disagreement":
+    template = _template(leaving.rule, leaving.fallback, tuning, [c.temperature for c in fitted])
+    if risk is not None and leaving.risk_of == "disagreement":
         tuning = replace(tuning, labels=tuning.logits[-1].argmax(-1))
     whole, timed = float(dynamic.static_macs), None
     if goal.least == "latency":
-        timed = time_costs(dynamic, calibration, template, batch=latency_batch, device=device)
+        timed = time_costs(dynamic, calibration, template, batch=leaving.latency_batch, device=run.device)
         tuning, whole = tuning.timed(timed), timed.static
-    search = _search(goal, template, tuning, seed, progress)
+    search = _search(goal, template, tuning, run)
     static_right = _static_right(samples, static_logits)
     promise: Promise | None = None
     if risk is not None and promising is not None:
-        dynamic.policy, promise = _promise(search, template, tuning, promising, goal, risk, seed)
+        dynamic.policy, promise = _promise(search, template, tuning, promising, leaving, risk, run.seed)
     else:
         point = _within_loss(search, static_right, max_loss) if goal.budget is None else _within(search, goal, whole)
         dynamic.policy = replace(template, thresholds=point.thresholds)
     dynamic.table = _table(template, search.curve(), samples)
-    in_time = None if timed is None else _in_time(timed, latency_batch, tuning.play(dynamic.policy))
+    in_time = None if timed is None else _in_time(timed, leaving.latency_batch, tuning.play(dynamic.policy))
     return _report(dynamic, samples, static_right, fitted, in_time, promise)
 
 
@@ -149,15 +137,15 @@ def _template(rule: str, fallback: Fallback, cached: Cached, temperatures: Seque
     return policy if fallback == "final" else replace(policy, fallback=fallback, final_temperature=final)
 
 
-def _search(goal: Goal, template: ExitPolicy, cached: Cached, seed: int, progress: bool) -> Search:
-    kind = goal.threshold_search or ("genetic" if goal.remembers else "grid")
+def _search(goal: Goal, template: ExitPolicy, cached: Cached, run: Run) -> Search:
+    kind = goal.leaving.threshold_search or ("genetic" if goal.remembers else "grid")
     if kind == "grid":
         return cached.grid(template)
     if kind == "quota":
         return Candidates(by_quota(template, cached), cached)
     if kind == "uniform":
         return Candidates(by_one_threshold(template, cached), cached)
-    return Candidates(by_genetic_search(template, cached, seed=seed, progress=progress), cached)
+    return Candidates(by_genetic_search(template, cached, seed=run.seed, progress=run.shows_progress), cached)
 
 
 def _within_loss(search: Search, static_right: Tensor, max_loss: float) -> OperatingPoint:
@@ -179,16 +167,16 @@ def _within(search: Search, goal: Goal, whole: float) -> OperatingPoint:
 
 
 def _promise(
-    search: Search, template: ExitPolicy, tuning: Cached, promising: Cached, goal: Goal, risk: float, seed: int
+    search: Search, template: ExitPolicy, tuning: Cached, promising: Cached, leaving: Leaving, risk: float, seed: int
 ) -> tuple[ExitPolicy, Promise]:
-    delta = 1 - goal.confidence
+    delta = 1 - leaving.confidence
     by_macs = [replace(template, thresholds=point.thresholds) for point in search.curve(_PATH_POINTS)]
     path = risk_path(by_macs, tuning.logits)
-    labels = promising.labels if goal.risk_of == "accuracy-loss" else None
+    labels = promising.labels if leaving.risk_of == "accuracy-loss" else None
     policy, promise = control_risk(promising.logits, labels, path, risk=risk, delta=delta, seed=seed)
     if all(threshold is None for threshold in policy.thresholds):
         warnings.warn(
-            f"no exit keeps the risk of {risk:g} with confidence {goal.confidence:g} on {promise.samples} samples, so "
+            f"no exit keeps the risk of {risk:g} with confidence {1 - delta:g} on {promise.samples} samples, so "
             "all are off: allow a larger risk, give more data or train the exits longer",
             stacklevel=3,
         )

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from ...errors import RequestError
-from ...passes.graph.inputs import split_inputs
+from ...passes.capture.capture import capture
+from ...passes.graph.inputs import Inputs, split_inputs
+from ...passes.graph.meta import is_captured
 
 LabelledData = Dataset[Any]  # map-style; item i is (inputs, int label)
 
@@ -26,6 +28,39 @@ class HasSplits(Protocol):
 
     @property
     def calibration(self) -> LabelledData: ...
+
+
+@overload
+def training_part(data: HasSplits | LabelledData) -> LabelledData: ...
+
+
+@overload
+def training_part(data: None) -> None: ...
+
+
+def training_part(data: HasSplits | LabelledData | None) -> LabelledData | None:
+    """What weights are trained on: all of a plain data set."""
+    return data.train if isinstance(data, HasSplits) else data
+
+
+def captured(model: nn.Module, example_inputs: Inputs | None, data: HasSplits | LabelledData | None) -> fx.GraphModule:
+    """A captured model as it is; another one captured with one call's inputs, which None takes from the data.
+
+    Raises:
+        RequestError: there are neither, or as `capture`.
+    """
+    if is_captured(model):
+        return model
+    if example_inputs is None:
+        example_inputs = examples_for(model, data)
+    return capture(model, example_inputs)
+
+
+def examples_for(model: nn.Module, data: HasSplits | LabelledData | None) -> Inputs:
+    """The inputs of the first samples, where the model is. Raises RequestError where there is no data."""
+    if data is None:
+        raise RequestError("give example_inputs, or data to take them from")
+    return to_device(examples_of(training_part(data)), device_of_model(model))
 
 
 def size_of(data: LabelledData, what: str) -> int:

@@ -14,6 +14,8 @@ from torch.utils.data import Subset
 
 from .batches import LabelledData, call, device_of_model, in_order, placed, size_of
 
+RECALIBRATION_BATCHES = 32  # of a model that was cut
+
 
 @torch.no_grad()
 def recalibrate_batchnorm(

@@ -6,12 +6,12 @@ as if nothing had happened. What methods do between steps and epochs, surgery to
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ...errors import DynCompressError, RequestError
+from ..options.choices import OptimizerName
+from ..options.steps import completed
+from ..options.training_options import Run, Training
 from .batches import LabelledData, call, placed, size_of, to_device, unpack
 from .hooks import Hook
 from .machine import Shell, accelerator_of, own_random_numbers
@@ -37,6 +40,12 @@ _HELD = ("model", "optimizer", "scaler", "surgeries", "hooks", "history")  # by 
 
 LossFunction = Callable[[Any, Tensor], Tensor]  # (the model's output, labels (B,)) -> scalar
 Optimizer = Callable[..., torch.optim.Optimizer]  # (parameters or groups, lr=...) -> an optimiser
+
+OPTIMIZERS: dict[OptimizerName, Optimizer] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
+FIT = Training(lr=1e-3, batch_size=128, optimizer="adamw")
 
 
 @dataclass(frozen=True)
@@ -55,21 +64,13 @@ def fit(
     model: nn.Module,
     loss_fn: LossFunction,
     dataset: LabelledData,
+    training: Training,
+    run: Run = Run(),
     *,
-    epochs: int,
-    lr: float = 1e-3,
-    batch_size: int = 128,
-    seed: int = 0,
     parameters: Iterable[Any] | None = None,
     keep_eval: Iterable[nn.Module] = (),
-    optimizer: Optimizer = torch.optim.AdamW,
     hooks: Sequence[Hook] = (),
     teacher: nn.Module | None = None,
-    mixed_precision: str | None = None,
-    device: torch.device | str | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    progress: bool = True,
 ) -> list[Epoch]:
     """Trains `model` in place, with a linear warm-up over a tenth of the steps and a cosine to zero.
 
@@ -79,44 +80,51 @@ def fit(
     Args:
         loss_fn: (the model's output, labels (B,) int64) -> scalar; one that is a hook is the last of the hooks.
         dataset: map-style, of (inputs, int label); inputs a tensor, a tuple of arguments or a dict of keywords.
-        lr: the peak learning rate. batch_size: per process.
+        training: epochs are needed; lr, batch_size and optimizer are by default those of `FIT`.
         parameters: what to train: parameters or optimiser groups, which may set their own "lr"; None = all that
             require gradients.
         keep_eval: modules that stay in eval mode, such as a frozen trunk with its BatchNorm and dropout.
-        optimizer: makes one of parameters and lr, such as `partial(torch.optim.SGD, momentum=0.9)`.
         hooks: what takes part in the training, in this order at every moment. Where one puts a smaller model in the
             place of `model`, that one is trained from there on, and is the hook's to hand on.
         teacher: answers the same inputs, in evaluation mode and without gradients; `loss_fn` then gets the pair (the
             model's output, the teacher's).
-        mixed_precision: "no", "fp16" or "bf16"; None = what accelerate is configured to.
-        device: None = what accelerate chooses.
-        run_dir: where the state is saved after every epoch, in `training.pt`.
-        resume: continue the run in run_dir, if there is one; the weights come out exactly as if never interrupted.
-        progress: a progress bar on standard error.
+        run: the state is saved in `training.pt` in its run_dir.
 
     Raises:
         RequestError: wrong arguments, no data, a run_dir that holds a run but no `resume`, or another run's.
         DynCompressError: the loss is no longer finite.
         KeyboardInterrupt: interrupted; the message says where the run can be continued from.
     """
-    for name, value in {"epochs": epochs, "batch_size": batch_size, "lr": lr}.items():
-        if not value > 0:
-            raise RequestError(f"{name} is {value}: give a positive number")
-    if seed < 0:
-        raise RequestError(f"seed is {seed}: give a number that is not negative")
-    accelerator = accelerator_of(mixed_precision)
+    training, optimizer = _checked(training, run)
+    accelerator = accelerator_of(training.mixed_precision)
     samples = size_of(dataset, "training")
-    batch_size = max(1, min(batch_size, samples // accelerator.num_processes))
-    timetable = Timetable(samples, accelerator.num_processes, lr, (batch_size,) * epochs)
+    batch_size = max(1, min(training.batch_size, samples // accelerator.num_processes))
+    timetable = Timetable(samples, accelerator.num_processes, training.lr, (batch_size,) * training.epochs)
     every = [*hooks, loss_fn] if isinstance(loss_fn, Hook) else list(hooks)
     groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
-    store = Store(run_dir, CHECKPOINT, _settings(timetable, seed, every), resume=resume, holds=_HELD)
-    where = torch.device(device or accelerator.device)
-    run = _Run(model, loss_fn, dataset, timetable, seed, accelerator, where, every, teacher)
+    settings = _settings(timetable, run.seed, every)
+    store = Store(run.run_dir, CHECKPOINT, settings, resume=run.resume, holds=_HELD)
+    where = torch.device(run.device or accelerator.device)
+    work = _Run(model, loss_fn, dataset, timetable, run.seed, accelerator, where, every, teacher)
     still = [*keep_eval, teacher] if teacher is not None else list(keep_eval)
     taught = placed(teacher, where) if teacher is not None else nullcontext()
-    with placed(model, where), taught, own_random_numbers(where), run.prepared(groups, optimizer):
-        return run.train(store, still, progress and accelerator.is_local_main_process)
+    with placed(model, where), taught, own_random_numbers(where), work.prepared(groups, optimizer):
+        return work.train(store, still, run.shows_progress and accelerator.is_local_main_process)
+
+
+def _checked(training: Training, run: Run) -> tuple[Training, Optimizer]:
+    """With all defaults, and what makes the optimiser. Raises RequestError for what cannot be."""
+    training = completed(training, FIT)
+    for name in ("epochs", "batch_size", "lr"):
+        value = getattr(training, name)
+        if value is None or not value > 0:
+            raise RequestError(f"{name} is {value}: give a positive number")
+    if run.seed < 0:
+        raise RequestError(f"seed is {run.seed}: give a number that is not negative")
+    make = training.optimizer
+    if isinstance(make, str) and make not in OPTIMIZERS:
+        raise RequestError(f"optimizer={make!r}: use one of {', '.join(OPTIMIZERS)}, or give what makes one")
+    return training, OPTIMIZERS[make] if isinstance(make, str) else make
 
 
 def _settings(timetable: Timetable, seed: int, hooks: Iterable[Hook]) -> dict[str, object]:
@@ -299,17 +307,15 @@ def _interrupted(done: int, epochs: int, folder: Path | None) -> str:
     return f"{where}; continue with resume and run_dir {folder}"
 
 
-def in_phases(
-    phases: Sequence[Callable[[Path | None], list[Epoch]]], run_dir: str | os.PathLike[str] | None
-) -> list[Epoch]:
+def in_phases(phases: Sequence[Callable[[Run], list[Epoch]]], run: Run) -> list[Epoch]:
     """Trains in one phase after the other, and numbers the epochs through.
 
-    phases: each trains with the run_dir it is given. Several keep their states in folders of their own under `run_dir`.
+    phases: each trains as its part of the run; several keep their states in folders of their own.
     """
-    root, history = None if run_dir is None else Path(run_dir), list[Epoch]()
+    history: list[Epoch] = []
     for number, train in enumerate(phases, start=1):
-        folder = root / f"phase-{number}" if root is not None and len(phases) > 1 else root
-        history += [replace(epoch, epoch=len(history) + epoch.epoch) for epoch in train(folder)]
+        part = run.part(f"phase-{number}") if len(phases) > 1 else run
+        history += [replace(epoch, epoch=len(history) + epoch.epoch) for epoch in train(part)]
     return history
 
 

@@ -46,8 +46,8 @@ def shrink_checkpoint(
     exact: bool = False,
     drop: Sequence[str] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: bool = True,
-    resume: bool = True,
+    progress: bool | None = None,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Shrinks a checkpoint without loading it; `load(out)` gives what `shrink` of the loaded model would.
@@ -61,6 +61,7 @@ def shrink_checkpoint(
         out: a folder for the new shards (at most `max_shard_bytes` of tensors each, or one tensor), their index and the
             graph. The index comes last: a folder with it is whole.
         drop: tensors of the source that the model does not use, as names or patterns; they are left out.
+        progress: a progress bar on standard error; None = where that is a terminal.
         resume: go on with the same unfinished run in `out`.
         overwrite: replace the model, or the unfinished run, in `out`.
 
@@ -69,7 +70,8 @@ def shrink_checkpoint(
 
     Raises:
         RequestError: as `shrink`; the source does not fit the model; `out` is taken; exact mode would have to fold.
-        DynCompressError: the disk is full, or a file cannot be read or written. The same call goes on from there.
+        DynCompressError: the disk is full, or a file cannot be read or written. With resume, the same call
+            goes on from there.
     """
     stored, folder = Source(Path(source)), Path(out)
     check_output(stored, folder, resume=resume, overwrite=overwrite)
@@ -81,7 +83,7 @@ def shrink_checkpoint(
     sizes = _sizes(shards)
     with tqdm(
         total=sum(sizes.values()), initial=sum(sizes[name] for name in journal.done), desc="writing shards",
-        unit="B", unit_scale=True, file=sys.stderr, disable=not progress,
+        unit="B", unit_scale=True, file=sys.stderr, disable=None if progress is None else not progress,
     ) as bar:  # fmt: skip
         for name, tensors in zip(sizes, shards, strict=True):
             if name not in journal.done:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from data import digits
+from flat_options import flat
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from trained import QUIET, accuracy_and_macs, info, on_digits
 
+import dyncompress as dc
 from dyncompress.compress.evaluation.evaluate import evaluate
 from dyncompress.compress.exits.convert import convert
 from dyncompress.compress.thresholds.choose_policy import choose_policy
@@ -22,7 +24,7 @@ from dyncompress.runtime.predict.dynamic import DynamicModel
 
 @cache
 def converted() -> DynamicModel:
-    return convert(on_digits(), exits=2, data=digits(), epochs=4, batch_size=64, **QUIET)
+    return flat(convert)(on_digits(), exits=2, data=digits(), epochs=4, batch_size=64, **QUIET)
 
 
 def test_keeps_the_accuracy_and_saves_work() -> None:
@@ -67,7 +69,7 @@ def test_a_budget_is_kept_and_can_be_changed_without_training() -> None:
         assert accuracies == sorted(accuracies)
         with pytest.raises(RequestError, match="the least is"):
             choose_policy(model, digits().calibration, macs=0.001)
-        report = choose_policy(model, digits().calibration, rule="entropy", max_loss=0.05)
+        report = choose_policy(model, digits().calibration, max_loss=0.05, leaving=dc.Leaving(rule="entropy"))
         accuracy, macs = accuracy_and_macs(model, digits().calibration)
         assert model.policy.rule == "entropy"
         assert accuracy >= report.final.accuracy - 0.05 - 1e-9
@@ -80,7 +82,7 @@ def test_a_frozen_trunk_stays_bit_for_bit() -> None:
     static = on_digits()
     static[0][0].weight.requires_grad = False  # the user's own choice, not to be undone
     try:
-        model = convert(static, exits=2, data=digits(), epochs=1, batch_size=64, **QUIET)
+        model = flat(convert)(static, exits=2, data=digits(), epochs=1, batch_size=64, **QUIET)
     finally:
         static[0][0].weight.requires_grad = True
     state = model.trunk.state_dict()
@@ -93,7 +95,9 @@ def test_a_frozen_trunk_stays_bit_for_bit() -> None:
 
 def test_the_seed_decides_everything() -> None:
     first, again, other = (
-        convert(on_digits(), exits=2, data=digits(), epochs=1, batch_size=100, seed=seed, freeze_trunk=False, **QUIET)
+        flat(convert)(
+            on_digits(), exits=2, data=digits(), epochs=1, batch_size=100, seed=seed, freeze_trunk=False, **QUIET
+        )
         for seed in (3, 3, 4)
     )
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
@@ -117,7 +121,7 @@ def test_an_interrupted_conversion_resumes_exactly(tmp_path: Path) -> None:
 
     def run(after: int, **options: Any) -> DynamicModel:
         data = replace(digits(), train=Interrupted(after))
-        return convert(
+        return flat(convert)(
             on_digits(),
             torch.zeros(1, 1, 8, 8),
             2,
@@ -141,7 +145,7 @@ def test_an_interrupted_conversion_resumes_exactly(tmp_path: Path) -> None:
 def test_one_plain_data_set_is_divided_and_may_hold_unlabelled_samples() -> None:
     x, y = (t.clone() for t in digits().train.tensors)  # type: ignore[attr-defined]
     y[::5] = -1
-    model = convert(on_digits(), exits=("relu_1",), data=TensorDataset(x, y), epochs=1, batch_size=64, **QUIET)
+    model = flat(convert)(on_digits(), exits=("relu_1",), data=TensorDataset(x, y), epochs=1, batch_size=64, **QUIET)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
     assert info(model)["samples"] == int((y[order[:150]] >= 0).sum())
     assert model.exits == ["relu_1"]
@@ -183,7 +187,7 @@ class Sentences(Dataset):
 def test_token_models_with_named_or_positional_inputs(as_dict: bool) -> None:
     torch.manual_seed(0)
     data = Sentences(as_dict)
-    model = convert(
+    model = flat(convert)(
         Tokens(), exits=2, data=data, epochs=8, lr=0.02, trunk_lr=1.0, freeze_trunk=False, batch_size=50, **QUIET
     )
     result = evaluate(model, data)
@@ -208,13 +212,13 @@ def test_token_models_with_named_or_positional_inputs(as_dict: bool) -> None:
 def test_wrong_requests(change: dict[str, Any], message: str) -> None:
     options: dict[str, Any] = {"exits": 2, "data": digits(), **QUIET, **change}
     with pytest.raises(RequestError, match=message):
-        convert(on_digits(), **options)
+        flat(convert)(on_digits(), **options)
 
 
 def test_accuracy_that_cannot_be_kept_is_refused() -> None:
     flipped = TensorDataset(digits().train.tensors[0], (digits().train.tensors[1] + 1) % 10)  # type: ignore[attr-defined]
     data = replace(digits(), train=flipped)
     with pytest.raises(RequestError, match="the best is"):
-        convert(
+        flat(convert)(
             on_digits(), exits=1, data=data, epochs=1, lr=0.02, trunk_lr=1.0, freeze_trunk=False, batch_size=64, **QUIET
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from data import signs
+from flat_options import flat
 from nets import Mlp, Tagger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -144,7 +145,7 @@ def test_a_run_on_another_loss_is_not_continued(tmp_path: Path) -> None:
 
     def run(loss: ExitLoss, resume: bool) -> None:
         samples = TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
-        fit(Twice(4, 2), loss, samples, epochs=1, run_dir=tmp_path, resume=resume, **QUIET)
+        flat(fit)(Twice(4, 2), loss, samples, epochs=1, run_dir=tmp_path, resume=resume, **QUIET)
 
     run(FrozenTeacher(), False)
     with pytest.raises(RequestError, match="has loss = KL to the last exit, not cross-entropy by"):
@@ -163,7 +164,7 @@ def trained() -> nn.Module:
 def test_exits_learn_under_a_frozen_trunk(recipe: str, trained: nn.Module) -> None:
     dynamic = inserted(trained, "cascade" if recipe == "ztw" else "auto")
     before, untaught = {k: v.clone() for k, v in trained.state_dict().items()}, accuracies(dynamic)
-    train_exits(dynamic, signs(), recipe=recipe, lr=0.02, trunk_lr=0.0, epochs=3, batch_size=64, **QUIET)
+    flat(train_exits)(dynamic, signs(), recipe=recipe, lr=0.02, trunk_lr=0.0, epochs=3, batch_size=64, **QUIET)
     after, taught = dynamic.trunk.state_dict(), accuracies(dynamic)
     assert all(torch.equal(after[k], v) for k, v in before.items()) and taught[-1] == untaught[-1]
     assert all(t > max(u, 0.5) for t, u in zip(taught[:-1], untaught, strict=False))
@@ -172,10 +173,8 @@ def test_exits_learn_under_a_frozen_trunk(recipe: str, trained: nn.Module) -> No
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_the_trunk_learns_where_it_may(recipe: str, trained: nn.Module, tmp_path: Path) -> None:
-    run = partial(
-        train_exits, data=None, recipe=recipe, lr=0.01, trunk_lr=0.1, epochs=1, batch_size=64, run_dir=tmp_path, **QUIET
-    )
-    del run.keywords["data"]
+    options = {"lr": 0.01, "trunk_lr": 0.1, "epochs": 1, "batch_size": 64, "run_dir": tmp_path}
+    run = partial(flat(train_exits), recipe=recipe, **options, **QUIET)
     dynamic = inserted(trained, "cascade" if recipe == "ztw" else "auto")
     history = run(dynamic, signs())
     assert [e.epoch for e in history] == list(range(1, len(RECIPES[recipe]) + 1))
@@ -191,8 +190,8 @@ def test_two_stages_first_move_the_model_alone(trained: nn.Module) -> None:
     dynamic = inserted(trained)
     alone = Mlp()
     alone.load_state_dict(trained.state_dict())
-    train_exits(dynamic, signs(), recipe="two-stage", lr=0.02, trunk_lr=0.5, epochs=1, batch_size=64, **QUIET)
-    fit(alone, F.cross_entropy, signs(), epochs=1, lr=0.01, batch_size=64, **QUIET)
+    flat(train_exits)(dynamic, signs(), recipe="two-stage", lr=0.02, trunk_lr=0.5, epochs=1, batch_size=64, **QUIET)
+    flat(fit)(alone, F.cross_entropy, signs(), epochs=1, lr=0.01, batch_size=64, **QUIET)
     state = dynamic.trunk.state_dict()
     for name, tensor in alone.state_dict().items():
         torch.testing.assert_close(state[name], tensor)
@@ -203,13 +202,13 @@ def test_ensembles_are_trained_last_and_alone(trained: nn.Module) -> None:
     first = RECIPES["ztw"][:1]
     try:
         whole, RECIPES["ztw"] = RECIPES["ztw"], first
-        train_exits(dynamic, signs(), recipe="ztw", lr=0.02, trunk_lr=0.0, epochs=1, batch_size=64, **QUIET)
+        flat(train_exits)(dynamic, signs(), recipe="ztw", lr=0.02, trunk_lr=0.0, epochs=1, batch_size=64, **QUIET)
     finally:
         RECIPES["ztw"] = whole
     half = {k: v.clone() for k, v in dynamic.trunk.state_dict().items()}
     assert half["exits.1.ensemble.weight"].flatten().tolist() == [0, 1]
     both = inserted(trained, "cascade")
-    train_exits(both, signs(), recipe="ztw", lr=0.02, trunk_lr=0.0, epochs=1, batch_size=64, **QUIET)
+    flat(train_exits)(both, signs(), recipe="ztw", lr=0.02, trunk_lr=0.0, epochs=1, batch_size=64, **QUIET)
     changed = {k for k, v in both.trunk.state_dict().items() if not torch.equal(v, half[k])}
     assert changed == {k for k in half if ".ensemble." in k}
 
@@ -297,8 +296,8 @@ def test_a_tagger_is_trained_and_measured_exit_by_exit() -> None:
     labels[:, 0] = -100
     net = Tagger()
     tagging = TensorDataset(ids, labels)
-    fit(net, lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()), tagging, epochs=8, lr=0.03, **QUIET)
-    dynamic = convert(net.eval(), exits=1, data=tagging, epochs=4, batch_size=32, lr=0.03, **QUIET)
+    flat(fit)(net, lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()), tagging, epochs=8, lr=0.03, **QUIET)
+    dynamic = flat(convert)(net.eval(), exits=1, data=tagging, epochs=4, batch_size=32, lr=0.03, **QUIET)
     [early, last] = dynamic.trunk.meta["info"]["convert"]["exits"]
     logits, marks = collect_logits(dynamic, torch.utils.data.Subset(tagging, range(len(tagging))))
     assert last["at"] == "output" and early["macs"] < last["macs"] and early["accuracy"] > 0.7

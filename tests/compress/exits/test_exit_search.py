@@ -2,22 +2,20 @@
 
 from itertools import combinations
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from data import digits
+from flat_options import flat
 from torch import Tensor, nn
 from trained import QUIET, accuracy_and_macs, info, on_digits
 
 import dyncompress as dc
 from dyncompress.compress.exits.convert import convert
-from dyncompress.compress.exits.recipes import META, RECIPES
 from dyncompress.compress.exits.which_exits import choose_subset
-from dyncompress.compress.options.steps import Convert
 from dyncompress.compress.recipes.recipe import read_recipe
-from dyncompress.passes.exits.head_choice import HEAD_KINDS
 from dyncompress.passes.exits.insert_exits import InsertExits
 from dyncompress.passes.exits.keep_exits import KeepExits
 from dyncompress.passes.graph.meta import exits_of
@@ -72,7 +70,7 @@ def test_kept_exits_answer_as_before() -> None:
 
 
 def test_convert_searches() -> None:
-    model = convert(on_digits(), exits="search", data=digits(), epochs=3, batch_size=64, max_loss=0.01, **QUIET)
+    model = flat(convert)(on_digits(), exits="search", data=digits(), epochs=3, batch_size=64, max_loss=0.01, **QUIET)
     found = info(model)["exit_search"]
     assert model.exits == found["kept"] and set(found["kept"]) <= set(found["candidates"])
     accuracy, macs = accuracy_and_macs(model, digits().calibration)
@@ -96,18 +94,12 @@ class TwoAnswers(nn.Module):
 def test_a_models_own_exits_are_trained_from_scratch() -> None:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"recipe": "sum", "freeze_trunk": False, "trunk_lr": 1.0, "lr": 0.01, "epochs": 8}
-    model = convert(TwoAnswers(), exits="own", data=digits(), batch_size=64, **settings, **QUIET)
+    model = flat(convert)(TwoAnswers(), exits="own", data=digits(), batch_size=64, **settings, **QUIET)
     assert isinstance(model, DynamicModel) and len(model.exits) == 2
     report = info(model)
     assert report["final"]["accuracy"] > 0.6
     # the static model was a guess: what may be lost counts from the trained one
     assert report["dynamic"]["accuracy"] >= report["final"]["accuracy"] - 0.005 - 1e-9
-
-
-def test_the_command_line_knows_every_name() -> None:
-    hints = get_type_hints(Convert)
-    assert get_args(hints["recipe"]) and set(get_args(hints["recipe"])) == {*RECIPES, META}
-    assert get_args(hints["head"]) == HEAD_KINDS
 
 
 def test_the_example_recipes_can_be_read() -> None:

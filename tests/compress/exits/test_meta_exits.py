@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from data import signs
+from flat_options import flat
 from nets import Tagger
 from torch import nn
 from torch.nn import functional as F
@@ -89,14 +90,14 @@ def test_heads_learn_and_the_trunk_does_not(head: str, trained: nn.Module, tmp_p
     options: dict[str, Any] = {"recipe": "meta", "lr": 0.01, "trunk_lr": 0.0, "epochs": 2, "batch_size": 64, **QUIET}
     dynamic = inserted(trained, head)
     untaught = accuracies(dynamic)
-    history = train_exits(dynamic, few, run_dir=tmp_path, **options)
+    history = flat(train_exits)(dynamic, few, run_dir=tmp_path, **options)
     assert [e.epoch for e in history] == [1, 2] and history[1].loss < history[0].loss
     state = dynamic.trunk.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in trained.state_dict().items())
     taught = accuracies(dynamic)
     assert taught[-1] == untaught[-1] and all(t > u + 0.2 for t, u in zip(taught[:-1], untaught, strict=False))
     again = inserted(trained, head)
-    train_exits(again, few, run_dir=tmp_path, resume=True, **options)
+    flat(train_exits)(again, few, run_dir=tmp_path, resume=True, **options)
     for name, tensor in again.trunk.state_dict().items():
         assert torch.equal(tensor, state[name]), name
 
@@ -104,7 +105,7 @@ def test_heads_learn_and_the_trunk_does_not(head: str, trained: nn.Module, tmp_p
 def test_the_last_steps_are_on_all_samples(trained: nn.Module) -> None:
     dynamic = inserted(trained)
     few = few_shots(signs(), 5, 4, seed=0)
-    train_exits(dynamic, few, recipe="meta", lr=1e-12, trunk_lr=0.0, epochs=1, **QUIET)  # w stays where it was
+    flat(train_exits)(dynamic, few, recipe="meta", lr=1e-12, trunk_lr=0.0, epochs=1, **QUIET)  # w stays where it was
     start = Heads(inserted(trained).trunk).heads[0]
     seen = Read.by(inserted(trained), few, 7, None)
     assert seen.labels.tolist() == [few[i][1] for i in range(20)]
@@ -123,10 +124,10 @@ def test_the_last_steps_are_on_all_samples(trained: nn.Module) -> None:
 
 def test_convert_from_few_shots(trained: nn.Module) -> None:
     options: dict[str, Any] = {"exits": 2, "data": signs(), "shots": 5, "recipe": "meta", "batch_size": 64, **QUIET}
-    report = convert(trained, epochs=1, **options).trunk.meta["info"]["convert"]
+    report = flat(convert)(trained, epochs=1, **options).trunk.meta["info"]["convert"]
     assert report["exits"][1]["accuracy_on_all"] > 0.5
     with pytest.raises(RequestError, match="freeze the trunk"):
-        convert(trained, freeze_trunk=False, **options)
+        flat(convert)(trained, freeze_trunk=False, **options)
 
 
 def test_what_cannot_be_meta_learned(trained: nn.Module) -> None:
@@ -134,10 +135,10 @@ def test_what_cannot_be_meta_learned(trained: nn.Module) -> None:
         check_recipe("meta", True, "cascade")
     one = TensorDataset(torch.randn(6, 8), torch.tensor([2, 2, -1, 2, -1, 2]))
     with pytest.raises(RequestError, match="at least two"):
-        train_exits(inserted(trained), one, recipe="meta", lr=0.01, trunk_lr=0.0, epochs=1, **QUIET)
+        flat(train_exits)(inserted(trained), one, recipe="meta", lr=0.01, trunk_lr=0.0, epochs=1, **QUIET)
 
 
 def test_answers_at_every_position_have_no_classes_to_draw() -> None:
     ids = torch.randint(0, 20, (40, 6))
     with pytest.raises(RequestError, match="answers at every position"):
-        convert(Tagger(), exits=1, data=TensorDataset(ids, ids % 3), recipe="meta", epochs=1, **QUIET)
+        flat(convert)(Tagger(), exits=1, data=TensorDataset(ids, ids % 3), recipe="meta", epochs=1, **QUIET)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from data import text_batch
 from dynamic_models import gated
+from flat_options import flat
 from nets import ResNet, Text, Vit
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -51,7 +52,7 @@ def test_a_budget_is_met_and_skipped(net: nn.Module, kind: str) -> None:
     """What was asked for is what the calibration set costs, and what is reported is what evaluation finds."""
     data = Halves()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    dyn = dc.gate(net, data=data, kind=kind, macs=0.7, **OPTIONS)
+    dyn = flat(dc.gate)(net, data=data, kind=kind, macs=0.7, **OPTIONS)
     whole = count_macs(dc.capture(net, data[0][0][None]))
     report = dyn.trunk.meta["info"]["gate"]
     assert 0.3 < report["macs"] <= 0.75  # below where gates that are all alike flip at once
@@ -72,8 +73,8 @@ def test_gates_that_decide_alike_leave(net: nn.Module, settle: float) -> None:
     class Both:
         train, calibration = data, data
 
-    every = dc.gate(net, data=Both(), rate=0.7, **OPTIONS)
-    some = dc.gate(net, data=Both(), rate=0.7, **{**OPTIONS, "settle": settle})
+    every = flat(dc.gate)(net, data=Both(), rate=0.7, **OPTIONS)
+    some = flat(dc.gate)(net, data=Both(), rate=0.7, **{**OPTIONS, "settle": settle})
     opened = every.predict(data.images).gates.double()
     rates, settled = opened.mean(0).tolist(), some.trunk.meta["info"]["gate"]["settled"]
     varied = max(range(4), key=lambda k: min(rates[k], 1 - rates[k]))
@@ -98,7 +99,7 @@ def test_hardness_goes_from_sure_to_unsure(net: nn.Module) -> None:
     class Both:
         train, calibration = data, data
 
-    dyn = dc.gate(net, data=Both(), macs=0.7, **OPTIONS)
+    dyn = flat(dc.gate)(net, data=Both(), macs=0.7, **OPTIONS)
     sure = net(data.images).softmax(-1).amax(-1).argsort(descending=True)
     opened = dyn.predict(data.images).gates.float()
     expected = torch.stack([opened[sure[i : i + 16]].mean(0) for i in range(0, 64, 16)])
@@ -113,7 +114,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 ) -> None:
     data = Halves(128)
     options = {**OPTIONS, "data": data, "kind": kind, "macs": 0.7, "pretrain": pretrain, "epochs": 4, "device": "cpu"}
-    straight = dc.gate(net, **options)
+    straight = flat(dc.gate)(net, **options)
 
     class Interrupting(Halves):
         left = 250  # samples read before Ctrl-C: in the third epoch
@@ -125,8 +126,8 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
             return super().__getitem__(i)
 
     with pytest.raises(KeyboardInterrupt, match="continue"):
-        dc.gate(net, **{**options, "data": Interrupting(128)}, run_dir=tmp_path / "run")
-    again = dc.gate(net, **options, run_dir=tmp_path / "run", resume=True)
+        flat(dc.gate)(net, **{**options, "data": Interrupting(128)}, run_dir=tmp_path / "run")
+    again = flat(dc.gate)(net, **options, run_dir=tmp_path / "run", resume=True)
     for (name, a), (_, b) in zip(straight.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
 
@@ -146,7 +147,7 @@ def test_the_curriculum_leaves_the_model_alone(net: nn.Module, monkeypatch: pyte
 
     monkeypatch.setattr(gating, "train_gates", watched)
     gm = dc.capture(net, Halves(2).images)
-    dc.gate(net, data=Halves(), kind="blockdrop", macs=0.7, **{**OPTIONS, "epochs": 2})
+    flat(dc.gate)(net, data=Halves(), kind="blockdrop", macs=0.7, **{**OPTIONS, "epochs": 2})
     (first, after_one), (_, after_two) = seen
     assert all(lowest == 1 for k, lowest in first if k < 3)
     assert all(torch.equal(v, after_one[n]) for n, v in gm.state_dict().items())
@@ -157,7 +158,7 @@ def test_rates_of_transformers() -> None:
     """ConvNet-AIG's target is the rate of every branch."""
     torch.manual_seed(0)
     data = Halves(480, 16)
-    dyn = dc.gate(Vit(16, 2).eval(), data=data, rate=0.5, **{**OPTIONS, "epochs": 8, "lr": 2e-2})
+    dyn = flat(dc.gate)(Vit(16, 2).eval(), data=data, rate=0.5, **{**OPTIONS, "epochs": 8, "lr": 2e-2})
     assert abs(sum(dyn.trunk.meta["info"]["gate"]["open"]) / 4 - 0.5) < 0.25
 
 
@@ -175,7 +176,7 @@ class Sentences(Dataset[tuple[dict[str, Tensor], int]]):
 
 def test_text_with_masks() -> None:
     torch.manual_seed(0)
-    dyn = dc.gate(Text().eval(), data=Sentences(), kind="skipnet", macs=0.8, **OPTIONS)
+    dyn = flat(dc.gate)(Text().eval(), data=Sentences(), kind="skipnet", macs=0.8, **OPTIONS)
     assert len(dyn.gates) == 6 and dc.evaluate(dyn, Sentences()).mean_macs < dyn.static_macs
 
 
@@ -210,12 +211,12 @@ def test_a_budget_by_moving_all_gates(net: nn.Module) -> None:
 )
 def test_wrong_requests(net: nn.Module, wrong: dict, message: str) -> None:
     with pytest.raises(dc.RequestError, match=message):
-        dc.gate(net, data=Halves(64), **{**OPTIONS, **wrong})
+        flat(dc.gate)(net, data=Halves(64), **{**OPTIONS, **wrong})
 
 
 def test_models_and_data_that_do_not_do() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 2))
     with pytest.raises(dc.RequestError, match="no residual branch"):
-        dc.gate(plain, data=Halves(64), macs=0.5, **OPTIONS)
+        flat(dc.gate)(plain, data=Halves(64), macs=0.5, **OPTIONS)
     with pytest.raises(dc.RequestError, match="empty"):
-        dc.gate(ResNet(4).eval(), data=Halves(0), macs=0.5, **OPTIONS)
+        flat(dc.gate)(ResNet(4).eval(), data=Halves(0), macs=0.5, **OPTIONS)

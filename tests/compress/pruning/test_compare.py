@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import flat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dyncompress as dc
 from dyncompress.cli.main import run
+from dyncompress.compress.pruning import after_cut
 from dyncompress.compress.pruning import compare as comparing
 from dyncompress.model_zoo.load_data import ArrayDataset, Splits
 
@@ -68,7 +70,15 @@ NAMES = ["static", "structured-0.5", "low-rank-0.5", "unstructured-0.5", "unstru
 
 def test_every_method_keeps_the_same_share_of_the_parameters() -> None:
     net, data = make_net(), make_data()
-    found = dc.compare(net, data.train, data.test, shares=[0.5], finetune=4, lr=1e-2, batch_size=16, device="cpu")
+    found = dc.compare(
+        net,
+        data.train,
+        data.test,
+        shares=[0.5],
+        finetune=4,
+        training=dc.Training(lr=1e-2, batch_size=16),
+        run=dc.Run(device="cpu"),
+    )
     assert list(found.entries) == NAMES and list(found.models) == NAMES[:-1] and not found.left_out
     whole = sum(p.numel() for p in net.parameters())
     held = {name: sum(p.numel() for p in model.parameters()) for name, model in found.models.items()}
@@ -93,7 +103,7 @@ def test_every_method_keeps_the_same_share_of_the_parameters() -> None:
 
 def test_what_cannot_reach_a_share_is_left_out_with_the_reason() -> None:
     data = make_data()
-    found = dc.compare(Reader(), data.train, data.test, shares=[0.5], finetune=0, device="cpu")
+    found = dc.compare(Reader(), data.train, data.test, shares=[0.5], finetune=0, run=dc.Run(device="cpu"))
     assert list(found.entries) == [NAMES[0], NAMES[1], NAMES[3], NAMES[4]]
     assert list(found.left_out) == ["low-rank-0.5"] and "out of reach" in found.left_out["low-rank-0.5"]
 
@@ -107,7 +117,7 @@ def test_mistakes_are_one_line() -> None:
         ({"shares": (0.0001,)}, "no method reaches any share"),
     ):
         with pytest.raises(dc.RequestError, match=message):
-            dc.compare(make_net(), data.train, data.test, device="cpu", **options)  # type: ignore[arg-type]
+            flat(dc.compare)(make_net(), data.train, data.test, device="cpu", **options)  # type: ignore[arg-type]
 
 
 def command(*more: str) -> list[str]:
@@ -144,15 +154,15 @@ def test_an_interrupted_comparison_goes_on(
     monkeypatch.chdir(tmp_path)
     straight = command("--shares", "0.5", "--finetune", "2", "--out", "straight")
     assert run(straight) == 0
-    fit, seen = comparing.fit, list[Path]()
+    fit, seen = after_cut.fit, list[Path]()
 
-    def stopped(model: nn.Module, *args: Any, run_dir: Path, **options: Any) -> Any:
-        seen.append(run_dir)
+    def stopped(model: nn.Module, loss_fn: Any, data: Any, training: dc.Training, run: dc.Run, **options: Any) -> Any:
+        seen.append(Path(str(run.run_dir)))
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return fit(model, *args, run_dir=run_dir, **options)
+        return fit(model, loss_fn, data, training, run, **options)
 
-    monkeypatch.setattr(comparing, "fit", stopped)
+    monkeypatch.setattr(after_cut, "fit", stopped)
     halted = [word.replace("straight", "halted") for word in straight]
     assert run(halted) == 130 and "--resume" in capfd.readouterr().err
     assert (seen[0] / "training.pt").exists()

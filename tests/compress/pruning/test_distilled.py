@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from data import stripes
+from flat_options import flat
 from nets import seeded
 from torch import nn
 from torch.nn import functional as F
@@ -52,7 +53,7 @@ def test_the_student_becomes_its_teacher(precision: str) -> None:
     loss = Distilled(cross_entropy, 1.0)
     AcceleratorState._reset_state(True)
     try:
-        fit(student, loss, data, teacher=teacher, optimizer=optimizer, mixed_precision=precision, **options)
+        flat(fit)(student, loss, data, teacher=teacher, optimizer=optimizer, mixed_precision=precision, **options)
     finally:
         AcceleratorState._reset_state(True)
     assert teacher.training and not any((teacher.state_dict()[name] != value).any() for name, value in before.items())
@@ -63,32 +64,32 @@ def test_the_student_becomes_its_teacher(precision: str) -> None:
 
 
 def test_with_a_teacher_alone_labels_do_not_matter() -> None:
-    first, second = (dc.sparsify(seeded(), data, **SPARSE, distill=1.0) for data in (stripes(), relabelled()))
+    first, second = (flat(dc.sparsify)(seeded(), data, **SPARSE, distill=1.0) for data in (stripes(), relabelled()))
     assert same(first, second)
     first, second = (
-        dc.prune(seeded(), stripes()[0][0][None], data=data, **PRUNED, distill=1.0)
+        flat(dc.prune)(seeded(), stripes()[0][0][None], data=data, **PRUNED, distill=1.0)
         for data in (stripes(), relabelled())
     )
     assert same(first, second)
-    assert not same(first, dc.prune(seeded(), stripes()[0][0][None], data=stripes(), **PRUNED))
+    assert not same(first, flat(dc.prune)(seeded(), stripes()[0][0][None], data=stripes(), **PRUNED))
 
 
 def test_a_distilled_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     options = SPARSE | {"shrink_every": 1, "epochs": 3, "distill": 0.5}
-    whole = dc.sparsify(seeded(), stripes(), **options)
+    whole = flat(dc.sparsify)(seeded(), stripes(), **options)
     with pytest.raises(KeyboardInterrupt, match="continue with resume"):
-        dc.sparsify(seeded(), stripes(), loss_fn=stopped(14), run_dir=tmp_path, **options)
-    assert same(dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **options), whole)
+        flat(dc.sparsify)(seeded(), stripes(), loss_fn=stopped(14), run_dir=tmp_path, **options)
+    assert same(flat(dc.sparsify)(seeded(), stripes(), run_dir=tmp_path, resume=True, **options), whole)
     with pytest.raises(dc.RequestError, match="has distill"):
-        dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **options | {"distill": 0.25})
+        flat(dc.sparsify)(seeded(), stripes(), run_dir=tmp_path, resume=True, **options | {"distill": 0.25})
 
 
 def test_wrong_shares() -> None:
     x = stripes()[0][0][None]
     for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(dc.RequestError, match="share from 0 to 1"):
-            dc.sparsify(seeded(), stripes(), **SPARSE, distill=share)
+            flat(dc.sparsify)(seeded(), stripes(), **SPARSE, distill=share)
         with pytest.raises(dc.RequestError, match="share from 0 to 1"):
-            dc.prune(seeded(), x, data=stripes(), **PRUNED, distill=share)
+            flat(dc.prune)(seeded(), x, data=stripes(), **PRUNED, distill=share)
     with pytest.raises(dc.RequestError, match="give finetune"):
-        dc.prune(seeded(), x, macs=0.5, distill=0.5)
+        dc.prune(seeded(), x, macs=0.5, cuts=dc.Cuts(distill=0.5))

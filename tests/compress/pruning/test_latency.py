@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import flat
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import dyncompress as dc
 from dyncompress.compress.importance.scores import l2_scores
+from dyncompress.compress.options.limits import Limits
 from dyncompress.compress.pruning import latency as lat
 from dyncompress.compress.pruning.cost_left import share_left
 from dyncompress.compress.pruning.latency import Latency, Table, default_cache, signature
 from dyncompress.compress.pruning.latency_choice import choose_by_latency
-from dyncompress.compress.pruning.ranking import Limits
 from dyncompress.passes.axes.axes import infer_axes
 from dyncompress.passes.shrink.shrink import shrink_axes
 
@@ -64,7 +65,7 @@ def ratio_of_times(small: nn.Module, whole: nn.Module, x: Tensor) -> float:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_target_is_met_on_this_device(batch: int, gm: fx.GraphModule, cache: Path) -> None:
-    small = dc.prune(gm, latency=0.5, latency_batch=batch)
+    small = dc.prune(gm, latency=0.5, cuts=dc.Cuts(latency_batch=batch))
     (step,) = small.meta["info"]["prune"]["steps"]
     assert step["measured"] == step["left"] == pytest.approx(0.5, abs=0.1)
     assert all(n % 16 == 0 for n in (small.a.out_channels, small.b.out_channels, small.c.out_channels))
@@ -134,7 +135,7 @@ def test_without_a_scope_the_better_one_is_taken(
     monkeypatch.setattr(clock, "measured_left", lambda small: 0.5)  # whatever goes
     scores = {axis.name: torch.rand(axis.size) ** number for number, axis in enumerate(axes.prunable)}
     left = {
-        scope: macs(choose_by_latency(axes, scores, 0.5, Limits(), clock, scope=scope, comparable=True).keep)
+        scope: macs(choose_by_latency(axes, scores, 0.5, Limits(round_to=1), clock, scope=scope, comparable=True).keep)
         for scope in (None, "global", "axis")
     }
     assert left["global"] != left["axis"]
@@ -162,7 +163,7 @@ def test_a_wrong_prediction_is_corrected(gm: fx.GraphModule, cache: Path, monkey
         lambda ranking, _, counts, __: ranking.keep_counts(counts),
     )
     scores = l2_scores(gm, clock.axes.prunable)
-    found = choose_by_latency(clock.axes, scores, 0.6, Limits(), clock)
+    found = choose_by_latency(clock.axes, scores, 0.6, Limits(round_to=1), clock)
     assert found.measured == pytest.approx(0.6, rel=0.05)
     assert found.predicted == pytest.approx(0.36, rel=0.1)
 
@@ -232,7 +233,7 @@ def test_a_table_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_wrong_requests(options: dict, said: str, gm: fx.GraphModule, cache: Path) -> None:
     with pytest.raises(dc.RequestError, match=said):
-        dc.prune(gm, **options)
+        flat(dc.prune)(gm, **options)
 
 
 def test_the_machine_is_in_the_name_of_the_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

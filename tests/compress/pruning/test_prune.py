@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import flat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import dyncompress as dc
 from dyncompress.compress.importance.scores import IMPORTANCES, NEED_DATA, Context, l2_scores, taylor_scores
+from dyncompress.compress.pruning import after_cut
 from dyncompress.compress.pruning import prune as pruning
-from dyncompress.compress.pruning.prune import Limits, choose
+from dyncompress.compress.pruning.removal_search import choose
 from dyncompress.compress.training.hooks import Hook
 from dyncompress.model_zoo import zoo as models
 from dyncompress.passes.graph.cost import count_bytes, count_macs, count_parameters
@@ -51,7 +53,7 @@ def channels(gm: torch.fx.GraphModule) -> int:
 def test_targets_are_met_within_two_percent(gm: torch.fx.GraphModule, target: float, round_to: int) -> None:
     counts = {"macs": count_macs, "params": count_parameters, "bytes": count_bytes, "ratio": channels}
     for metric, count in counts.items():
-        small = dc.prune(gm, **{metric: target}, round_to=round_to, floor=0.05)
+        small = flat(dc.prune)(gm, **{metric: target}, round_to=round_to, floor=0.05)
         assert target - 0.02 <= count(small) / count(gm) <= target, metric
         assert small(torch.randn(5, 3, 12, 12)).shape == (5, 10)
 
@@ -71,7 +73,7 @@ def test_the_least_important_channels_go_first(gm: torch.fx.GraphModule) -> None
         for tensor, dim in ((gm.a.weight, 0), (gm.a.bias, 0), (gm.b.weight, 1)):
             tensor.index_fill_(dim, torch.tensor(weak), 1e-4)
     total = channels(gm)
-    small = dc.prune(gm, ratio=(total - len(weak)) / total, scope="global")
+    small = dc.prune(gm, ratio=(total - len(weak)) / total, cuts=dc.Cuts(scope="global"))
     assert small.a.out_channels == 48 - len(weak)
     stays = [i for i in range(48) if i not in weak]
     torch.testing.assert_close(small.a.weight, gm.a.weight[stays])
@@ -112,13 +114,13 @@ def test_taylor_scores_predict_what_removal_does_to_the_loss() -> None:
 
 
 def test_floors_and_ignored_layers_stay(gm: torch.fx.GraphModule) -> None:
-    small = dc.prune(gm, macs=0.3, floor=0.25, ignore=["stem"])
+    small = dc.prune(gm, macs=0.3, limits=dc.Limits(floor=0.25, ignore=["stem"]))
     assert small.stem.out_channels == 32 and small.a.out_channels >= 12
     assert small.norm.num_features == 32  # shares the stem's axis through the residual
 
 
 def test_counts_are_multiples(gm: torch.fx.GraphModule) -> None:
-    small = dc.prune(gm, macs=0.5, round_to=8)
+    small = dc.prune(gm, macs=0.5, limits=dc.Limits(round_to=8))
     assert all(axis.size % 8 == 0 for axis in dc.infer_axes(small).prunable if axis.size > 8)
 
 
@@ -153,7 +155,7 @@ def test_the_original_stays_as_it_was(gm: torch.fx.GraphModule) -> None:
 )
 def test_wrong_requests(gm: torch.fx.GraphModule, options: dict, said: str) -> None:
     with pytest.raises(dc.RequestError, match=said):
-        dc.prune(gm, **options)
+        flat(dc.prune)(gm, **options)
     with pytest.raises(dc.RequestError, match="example_inputs"):
         dc.prune(Residual(), macs=0.5)
 
@@ -167,14 +169,16 @@ def sizes(model: torch.fx.GraphModule) -> dict[str, int]:
 
 @pytest.mark.parametrize("importance", ["l2", "random", "lamp"])
 def test_every_axis_loses_the_same_share(importance: str, gm: torch.fx.GraphModule) -> None:
-    small = dc.prune(gm, params=0.4, scope="axis", importance=importance)
+    small = dc.prune(gm, params=0.4, importance=importance, cuts=dc.Cuts(scope="axis"))
     shares = {name: size / sizes(gm)[name] for name, size in sizes(small).items()}
     assert max(shares.values()) - min(shares.values()) <= 2 / 32
 
 
 def test_axes_lose_the_same_share_unless_depth_or_latency_is_to_choose(gm: torch.fx.GraphModule) -> None:
-    assert sizes(dc.prune(gm, macs=0.5)) == sizes(dc.prune(gm, macs=0.5, scope="axis"))
-    assert sizes(dc.prune(gm, macs=0.5, depth=True)) == sizes(dc.prune(gm, macs=0.5, depth=True, scope="global"))
+    assert sizes(dc.prune(gm, macs=0.5)) == sizes(dc.prune(gm, macs=0.5, cuts=dc.Cuts(scope="axis")))
+    assert sizes(dc.prune(gm, macs=0.5, limits=dc.Limits(depth=True))) == sizes(
+        dc.prune(gm, macs=0.5, limits=dc.Limits(depth=True), cuts=dc.Cuts(scope="global"))
+    )
 
 
 def test_every_block_loses_the_same_share() -> None:
@@ -184,15 +188,15 @@ def test_every_block_loses_the_same_share() -> None:
         layers[0].weight[10:] *= 30  # a quarter of the first axis is worth little, three quarters much
     plain = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.ReLU(), layers[3])
     gm = dc.capture(plain, torch.randn(2, 6))
-    found = sizes(dc.prune(gm, ratio=0.5, scope="block"))
+    found = sizes(dc.prune(gm, ratio=0.5, cuts=dc.Cuts(scope="block")))
     assert [found[f"{i}.weight:0"] for i in (0, 2, 4)] == pytest.approx([20, 30, 40], abs=1)
-    free = sizes(dc.prune(gm, ratio=0.5, scope="global"))
+    free = sizes(dc.prune(gm, ratio=0.5, cuts=dc.Cuts(scope="global")))
     assert [free[f"{i}.weight:0"] for i in (0, 2, 4)] != pytest.approx([20, 30, 40], abs=1)
 
 
 def test_no_axis_stays_above_the_ceiling(gm: torch.fx.GraphModule) -> None:
-    free = dc.prune(gm, macs=0.5, scope="global")
-    held = dc.prune(gm, macs=0.5, scope="global", ceiling=0.7)
+    free = dc.prune(gm, macs=0.5, cuts=dc.Cuts(scope="global"))
+    held = dc.prune(gm, macs=0.5, cuts=dc.Cuts(scope="global"), limits=dc.Limits(ceiling=0.7))
     assert max(size / sizes(gm)[name] for name, size in sizes(free).items()) > 0.75
     assert all(size <= -(-sizes(gm)[name] * 7 // 10) for name, size in sizes(held).items())
     assert 0.48 <= count_macs(held) / count_macs(gm) <= 0.5
@@ -222,7 +226,7 @@ def test_a_branch_that_does_nothing_goes_first(metric: str, scope: str, target: 
         for p in deep.branches[3].parameters():
             p *= 1e-6
     gm = dc.capture(deep, torch.randn(2, 8))
-    small = dc.prune(gm, **{metric: target}, depth=True, scope=scope)
+    small = flat(dc.prune)(gm, **{metric: target}, depth=True, scope=scope)
     kept = small.meta["info"]["prune"]["kept"]
     gone = {name for name, axis in kept.items() if axis["kind"] == "branch" and not axis["kept"]}
     assert "branches.3:branch" in gone
@@ -232,13 +236,13 @@ def test_a_branch_that_does_nothing_goes_first(metric: str, scope: str, target: 
     if metric in counts:
         assert target - 0.02 <= counts[metric](small) / counts[metric](gm) <= target
     assert small(torch.randn(4, 8)).shape == (4, 3)
-    whole = dc.prune(gm, **{metric: target}, scope=scope)
+    whole = flat(dc.prune)(gm, **{metric: target}, scope=scope)
     assert all(axis["kept"] for axis in whole.meta["info"]["prune"]["kept"].values())
 
 
 def test_choose_keeps_its_call(gm: torch.fx.GraphModule) -> None:
     axes = dc.infer_axes(gm)
-    keep = choose(axes, l2_scores(gm, axes.prunable), "macs", 0.5, Limits(0.2, 4, ("stem",)))
+    keep = choose(axes, l2_scores(gm, axes.prunable), "macs", 0.5, dc.Limits(floor=0.2, round_to=4, ignore=("stem",)))
     assert axes["stem.weight:0"].atom not in keep
     assert all(len(kept) % 4 == 0 for kept in keep.values())
 
@@ -246,7 +250,13 @@ def test_choose_keeps_its_call(gm: torch.fx.GraphModule) -> None:
 @pytest.mark.parametrize("importance", list(IMPORTANCES))
 def test_every_importance_prunes(importance: str, gm: torch.fx.GraphModule) -> None:
     data = TensorDataset(torch.randn(24, 3, 12, 12), torch.arange(24) % 10)
-    small = dc.prune(gm, macs=0.5, importance=importance, data=data if importance in NEED_DATA else None, depth=True)
+    small = dc.prune(
+        gm,
+        macs=0.5,
+        importance=importance,
+        data=data if importance in NEED_DATA else None,
+        limits=dc.Limits(depth=True),
+    )
     assert 0.48 <= count_macs(small) / count_macs(gm) <= 0.5
 
 
@@ -260,7 +270,15 @@ def data() -> TensorDataset:
 
 
 def test_cuts_follow_a_geometric_schedule(gm: torch.fx.GraphModule, data: TensorDataset) -> None:
-    small = dc.prune(gm, macs=0.4, steps=3, importance="taylor", data=data, finetune=1, batch_size=16)
+    small = dc.prune(
+        gm,
+        macs=0.4,
+        importance="taylor",
+        data=data,
+        finetune=1,
+        cuts=dc.Cuts(steps=3),
+        training=dc.Training(batch_size=16),
+    )
     assert 0.38 <= count_macs(small) / count_macs(gm) <= 0.4
     done = small.meta["info"]["prune"]["steps"]
     assert [step["goal"] for step in done] == pytest.approx([0.4 ** (1 / 3), 0.4 ** (2 / 3), 0.4])
@@ -269,7 +287,7 @@ def test_cuts_follow_a_geometric_schedule(gm: torch.fx.GraphModule, data: Tensor
 
 
 def test_kept_indices_are_the_originals(gm: torch.fx.GraphModule) -> None:
-    small = dc.prune(gm, macs=0.3, steps=4)  # no training: the weights tell which channel they were
+    small = dc.prune(gm, macs=0.3, cuts=dc.Cuts(steps=4))  # no training: the weights tell which channel they were
     kept = small.meta["info"]["prune"]["kept"]
     torch.testing.assert_close(
         small.a.weight, gm.a.weight[kept["a.weight:0"]["kept"]][:, kept["stem.weight:0"]["kept"]]
@@ -279,7 +297,7 @@ def test_kept_indices_are_the_originals(gm: torch.fx.GraphModule) -> None:
 
 
 def test_the_floor_is_a_share_of_the_original(gm: torch.fx.GraphModule) -> None:
-    small = dc.prune(gm, macs=0.2, steps=4, floor=0.4)
+    small = dc.prune(gm, macs=0.2, cuts=dc.Cuts(steps=4), limits=dc.Limits(floor=0.4))
     assert min(size / sizes(gm)[name] for name, size in sizes(small).items()) >= 0.4
 
 
@@ -298,42 +316,42 @@ def test_an_interrupted_pruning_ends_as_if_it_had_not_been(
     interrupted_at: int, gm: torch.fx.GraphModule, data: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"macs": 0.5, "steps": 2, "finetune": 2, "batch_size": 16, "data": data}
-    straight = dc.prune(gm, **options)
-    calls, fit = [], pruning.fit
+    straight = flat(dc.prune)(gm, **options)
+    calls, fit = [], after_cut.fit
 
     def stopping(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls.append(model)
         if len(calls) < interrupted_at:
             return fit(model, *args, **kwargs)
-        return fit(model, *args, **kwargs, hooks=[StopInTheSecondEpoch()])
+        return fit(model, *args, **kwargs | {"hooks": [StopInTheSecondEpoch()]})
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(pruning, "fit", stopping)
-        dc.prune(gm, **options, run_dir=tmp_path)
+        patch.setattr(after_cut, "fit", stopping)
+        flat(dc.prune)(gm, **options, run_dir=tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(pruning, "score_axes", lambda gm, axes, *rest: {a.name: torch.rand(a.size) for a in axes})
         if interrupted_at == 2:  # both cuts were made: nothing is ranked again
-            resumed = dc.prune(gm, **options, run_dir=tmp_path, resume=True)
+            resumed = flat(dc.prune)(gm, **options, run_dir=tmp_path, resume=True)
     if interrupted_at == 1:
-        resumed = dc.prune(gm, **options, run_dir=tmp_path, resume=True)
+        resumed = flat(dc.prune)(gm, **options, run_dir=tmp_path, resume=True)
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert resumed.meta["info"] == straight.meta["info"]
 
 
 def test_runs_are_not_mixed(gm: torch.fx.GraphModule, tmp_path: Path) -> None:
-    dc.prune(gm, macs=0.5, run_dir=tmp_path)
+    dc.prune(gm, macs=0.5, run=dc.Run(run_dir=tmp_path))
     with pytest.raises(dc.RequestError, match="holds a run already"):
-        dc.prune(gm, macs=0.5, run_dir=tmp_path)
+        dc.prune(gm, macs=0.5, run=dc.Run(run_dir=tmp_path))
     with pytest.raises(dc.RequestError, match=r"has floor = 0\.1, not 0\.2"):
-        dc.prune(gm, macs=0.5, floor=0.2, run_dir=tmp_path, resume=True)
+        dc.prune(gm, macs=0.5, limits=dc.Limits(floor=0.2), run=dc.Run(run_dir=tmp_path, resume=True))
     with pytest.raises(dc.RequestError, match=r"has macs = 0\.5, not 0\.6"):
-        dc.prune(gm, macs=0.6, run_dir=tmp_path, resume=True)
+        dc.prune(gm, macs=0.6, run=dc.Run(run_dir=tmp_path, resume=True))
     file = tmp_path / "cuts.pt"
     assert len(torch.load(file)["cuts"]) == 1
     file.write_text("{")
     with pytest.raises(dc.RequestError, match="cannot be read as a saved run"):
-        dc.prune(gm, macs=0.5, run_dir=tmp_path, resume=True)
+        dc.prune(gm, macs=0.5, run=dc.Run(run_dir=tmp_path, resume=True))
 
 
 def test_labels_that_the_model_does_not_have(gm: torch.fx.GraphModule) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import flat
 from nets import OneConv
 from shard_files import INDEX, captured, empty, state, trained, write_shards
 from torch import fx
@@ -34,7 +35,9 @@ def source(tmp_path: Path) -> Path:
 
 
 def prune(gm: fx.GraphModule, source: Path, out: Path, **options: Any) -> Path:
-    return dc.prune_checkpoint(gm, source, out, progress=False, max_shard_bytes=9000, **options)
+    return flat(dc.prune_checkpoint)(
+        gm, source, out, **{"progress": False, "resume": True, "max_shard_bytes": 9000, **options}
+    )
 
 
 def scores_of(gm: fx.GraphModule, path: Path) -> dict[str, torch.Tensor]:
@@ -77,8 +80,8 @@ def test_sums_of_half_precision_are_not_half_precise(tmp_path: Path) -> None:
 )
 def test_the_choice_of_pruning_in_memory(tied: bool, options: dict[str, Any], tmp_path: Path) -> None:
     source = write_shards(tmp_path / "source", state(trained(tied)))
-    small = dc.load(prune(empty(tied), source, tmp_path / "out", **options))
-    want = dc.prune(captured(tied), **options)
+    small = dc.load(flat(prune)(empty(tied), source, tmp_path / "out", **options))
+    want = flat(dc.prune)(captured(tied), **options)
     for (name, got), (same, reference) in zip(small.named_parameters(), want.named_parameters(), strict=True):
         assert name == same
         torch.testing.assert_close(got, reference, rtol=0, atol=0)
@@ -131,7 +134,7 @@ def test_an_interrupted_run_does_not_rank_again(
 )
 def test_wrong_requests(options: dict[str, Any], said: str, gm: fx.GraphModule, source: Path, tmp_path: Path) -> None:
     with pytest.raises(dc.RequestError, match=said):
-        prune(gm, source, tmp_path / "out", **options)
+        flat(prune)(gm, source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 

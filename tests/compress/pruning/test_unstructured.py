@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
 import dyncompress as dc
-from dyncompress.compress.pruning.unstructured import HoldZeros, SparseConv2d, SparseLinear, as_sparse, prune_weights
+from dyncompress.compress.pruning.baselines import prune_weights
+from dyncompress.compress.pruning.unstructured import HoldZeros, SparseConv2d, SparseLinear, as_sparse
 from dyncompress.compress.training.losses import cross_entropy
 from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo.load_data import ArrayDataset
@@ -50,7 +51,7 @@ def zeros_of(gm: fx.GraphModule, names: list[str]) -> np.ndarray:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9, 1.0])
 def test_global_magnitude_is_what_torch_prunes(gm: fx.GraphModule, sparsity: float) -> None:
-    pruned = prune_weights(gm, sparsity)
+    pruned = prune_weights(gm, sparsity=sparsity)
     zeros = zeros_of(pruned, WEIGHTS)
     assert zeros.sum() == round(sparsity * len(zeros))
     rest = [name for name, _ in gm.named_parameters() if name not in WEIGHTS]
@@ -65,7 +66,7 @@ def test_global_magnitude_is_what_torch_prunes(gm: fx.GraphModule, sparsity: flo
 
 
 def test_each_layer_loses_the_same_share(gm: fx.GraphModule) -> None:
-    pruned = prune_weights(gm, 0.5, scope="layer")
+    pruned = prune_weights(gm, sparsity=0.5, scope="layer")
     for name in WEIGHTS:
         weight = dict(gm.named_parameters())[name].detach().numpy().ravel()
         goes = np.argsort(np.abs(weight))[: round(0.5 * weight.size)]
@@ -89,7 +90,7 @@ def test_ties_and_recurrent_and_embedded_weights() -> None:
     with torch.no_grad():
         for parameter in gm.parameters():
             parameter.fill_(1.0)  # nothing but ties
-    pruned = prune_weights(gm, 0.25)
+    pruned = prune_weights(gm, sparsity=0.25)
     names = ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "own.weight"]
     assert zeros_of(pruned, names).sum() == round(0.25 * (256 + 256 + 64))
     others = [name for name, _ in pruned.named_parameters() if name not in names]
@@ -97,19 +98,17 @@ def test_ties_and_recurrent_and_embedded_weights() -> None:
 
 
 def test_zeros_stay_while_the_rest_is_trained(gm: fx.GraphModule) -> None:
-    pruned = prune_weights(gm.float(), 0.6)
+    pruned = prune_weights(gm.float(), sparsity=0.6)
     zeros, before = zeros_of(pruned, WEIGHTS), {n: p.detach().clone() for n, p in pruned.named_parameters()}
     data = ArrayDataset(torch.randn(40, 1, 12, 12), torch.randint(3, (40,)))
-    fit(
-        pruned, cross_entropy, data, epochs=2, batch_size=10, lr=1e-2, device="cpu", progress=False,
-        hooks=[HoldZeros(pruned)],
-    )  # fmt: skip
+    training, run = dc.Training(epochs=2, batch_size=10, lr=1e-2), dc.Run(device="cpu", progress=False)
+    fit(pruned, cross_entropy, data, training, run, hooks=[HoldZeros(pruned)])
     assert np.array_equal(zeros_of(pruned, WEIGHTS), zeros)
     assert all(not torch.equal(p, before[name]) for name, p in pruned.named_parameters())
 
 
 def test_sparse_kernels_compute_the_same(gm: fx.GraphModule) -> None:
-    pruned = prune_weights(gm, 0.7)
+    pruned = prune_weights(gm, sparsity=0.7)
     sparse = as_sparse(pruned)
     kinds = {path: type(sparse.get_submodule(path)) for path in ("conv", "wide", "grouped", "point", "fc")}
     assert kinds == {
@@ -122,7 +121,7 @@ def test_sparse_kernels_compute_the_same(gm: fx.GraphModule) -> None:
 
 def test_what_is_stored_and_multiplied_is_counted() -> None:
     torch.manual_seed(0)
-    pruned = prune_weights(dc.capture(nn.Sequential(nn.Linear(40, 30)).eval(), torch.randn(2, 40)), 0.75)
+    pruned = prune_weights(dc.capture(nn.Sequential(nn.Linear(40, 30)).eval(), torch.randn(2, 40)), sparsity=0.75)
     sparse = as_sparse(pruned)
     assert count_macs(pruned) == 1200 and count_macs(sparse) == 300
     assert count_parameters(pruned) == 1230 and count_parameters(sparse) == 330
@@ -136,11 +135,11 @@ def test_nothing_to_run_sparsely(gm: fx.GraphModule) -> None:
 
 def test_mistakes_are_one_line(gm: fx.GraphModule) -> None:
     with pytest.raises(dc.RequestError, match=r"sparsity is the share .* got 1\.5"):
-        prune_weights(gm, 1.5)
+        prune_weights(gm, sparsity=1.5)
     with pytest.raises(dc.RequestError, match="no scope 'block': use one of global, layer"):
-        prune_weights(gm, 0.5, scope="block")
+        prune_weights(gm, sparsity=0.5, scope="block")
     with pytest.raises(dc.RequestError, match="no linear, convolution or recurrent layer"):
-        prune_weights(dc.capture(nn.Sequential(nn.ReLU()), torch.randn(2, 3)), 0.5)
+        prune_weights(dc.capture(nn.Sequential(nn.ReLU()), torch.randn(2, 3)), sparsity=0.5)
     gm.fc.weight.data[0, 0] = float("inf")
     with pytest.raises(dc.RequestError, match=r"fc\.weight holds values that are not finite"):
-        prune_weights(gm, 0.5)
+        prune_weights(gm, sparsity=0.5)

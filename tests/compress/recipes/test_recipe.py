@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from dyncompress.compress.options.limits import Limits
 from dyncompress.compress.options.steps import Convert, Export, Prune
+from dyncompress.compress.options.training_options import Training
 from dyncompress.compress.recipes.recipe import Recipe, read_recipe
 from dyncompress.errors import RequestError
 
@@ -24,7 +26,8 @@ def test_the_example() -> None:
 
 
 def test_text_reads_back(recipe_file: Path) -> None:
-    steps = (Prune(ratio=0.3, ignore=("a.b", "c")), Convert(lr=1e-4), Export(onnx="x.onnx"), Prune(params=0.5))
+    first, second = Prune(ratio=0.3, limits=Limits(ignore=("a.b", "c"))), Convert(training=Training(lr=1e-4))
+    steps = (first, second, Export(onnx="x.onnx"), Prune(params=0.5))
     recipe = Recipe(model="m.pt", arch="timm:resnet18", input_shape=(3, 32, 32), seed=7, device="cpu", steps=steps)
     recipe_file.write_text(str(recipe))
     assert read_recipe(recipe_file) == recipe
@@ -39,7 +42,7 @@ def test_ways_to_write_a_step(recipe_file: Path) -> None:
 def test_numbers_of_yaml(recipe_file: Path) -> None:
     recipe_file.write_text("model: m\nsteps:\n- convert: {lr: 1e-3}\n- prune: {macs: 1}\n")
     first, second = read_recipe(recipe_file).steps
-    assert first == Convert(lr=0.001)
+    assert first == Convert(training=Training(lr=0.001))
     assert isinstance(second, Prune)
     assert isinstance(second.macs, float)
 
@@ -48,7 +51,7 @@ def test_overrides(recipe_file: Path) -> None:
     recipe_file.write_text(SHORT)
     changes = ["seed=3", "data=digits", "prune.macs=0.5", "prune.ignore=[fc, conv1]", "convert.exits=2"]
     recipe = read_recipe(recipe_file, changes)
-    steps = (Prune(macs=0.5, ignore=("fc", "conv1")), Convert(exits=2))
+    steps = (Prune(macs=0.5, limits=Limits(ignore=("fc", "conv1"))), Convert(exits=2))
     assert recipe == Recipe(model="zoo:vgg-digits", data="digits", seed=3, steps=steps)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import flat
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -63,7 +64,7 @@ def sparsified(make: Callable[[], nn.Module], **change: Any) -> tuple[dict[str, 
     torch.manual_seed(0)
     model = make()
     data = data_of(model)
-    small = dc.sparsify(model, data, **OPTIONS | change)
+    small = flat(dc.sparsify)(model, data, **OPTIONS | change)
     x, y = data.tensors
     assert (small.eval()(x).argmax(1) == y).double().mean() > 0.9
     report = SparsifyReport.of(small)

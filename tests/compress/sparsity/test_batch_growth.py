@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from data import stripes
+from flat_options import flat
 from nets import seeded
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -58,7 +59,7 @@ def grown() -> Iterator[Any]:
     torch.set_num_threads(1)
     steps = Steps()
     with saved_tensors_hooks(steps.pack, lambda tensor: tensor):
-        small = dc.sparsify(seeded(), stripes(), loss_fn=steps, **GROWING)
+        small = flat(dc.sparsify)(seeded(), stripes(), loss_fn=steps, **GROWING)
     yield small, steps.seen
 
 
@@ -96,13 +97,13 @@ def test_batches_are_quarters_of_the_first_rounded_down() -> None:
 
 def test_nothing_grows_where_nothing_leaves() -> None:
     options = GROWING | {"macs": None, "strength": 1e-6, "epochs": 2, "finetune": 1}
-    small, plain = (dc.sparsify(seeded(), stripes(), **options | {"grow_batch": grow}) for grow in (True, False))
+    small, plain = (flat(dc.sparsify)(seeded(), stripes(), **options | {"grow_batch": grow}) for grow in (True, False))
     assert batches(small) == [16] * 3 and small.meta["info"]["sparsify"]["surgeries"] == []
     assert same(small, plain)
 
 
 def test_the_batch_stays_within_the_data() -> None:
-    small = dc.sparsify(seeded(), stripes(20), **GROWING)
+    small = flat(dc.sparsify)(seeded(), stripes(20), **GROWING)
     assert batches(small)[0] == 16 and batches(small)[-1] == 20
 
 
@@ -150,7 +151,7 @@ def test_training_and_group_lasso_follow_the_grown_schedule(monkeypatch: pytest.
     monkeypatch.setattr(torch, "_foreach_lerp_", lerp)
     monkeypatch.setattr(trainer, "tqdm", bar)
     options = GROWING | {"macs": None, "strength": 0.8, "optimizer": Watched, "lr": 0.05, "progress": True}
-    sizes = batches(dc.sparsify(seeded(), stripes(), **options))
+    sizes = batches(flat(dc.sparsify)(seeded(), stripes(), **options))
     assert sizes[0] < sizes[-1]
     table = Timetable(SAMPLES, 1, 0.05, tuple(sizes))
     assert seen == pytest.approx(table.lrs)
@@ -164,8 +165,8 @@ def test_training_and_group_lasso_follow_the_grown_schedule(monkeypatch: pytest.
 def test_the_horizon_is_that_of_the_steps_to_come() -> None:
     """As much learning rate is left to the deadline, which stays at the same epoch, however large the batches are."""
     request = sparsifier.Request(
-        metric="macs", target=0.5, strength=None, penalty_ratio=None, epochs=10, finetune=0, shrink_every=1,
-        kinds=("axes",), limits=sparsifier.Limits(0.1), ema=None, grow_batch=True, distill=0.0,
+        metric="macs", target=0.5, epochs=10, finetune=0, kinds=("axes",), distill=0.0,
+        lasso=dc.Lasso(shrink_every=1, grow_batch=True), limits=dc.Limits(round_to=1),
     )  # fmt: skip
     work = sparsifier.Sparsifier(dc.capture(seeded(), stripes().tensors[0][:2]), request, cross_entropy, stripes())
     left = []
@@ -184,8 +185,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path, grown: Any) -> N
     left = len(seen) - first  # steps, once resumed: an epoch that was not done begins anew
     for step, resume in ((first + 2, False), (left - 2, True)):
         with pytest.raises(KeyboardInterrupt, match="continue with resume"):
-            dc.sparsify(seeded(), stripes(), loss_fn=stopped(step), run_dir=tmp_path, resume=resume, **GROWING)
-    again = dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **GROWING)
+            flat(dc.sparsify)(seeded(), stripes(), loss_fn=stopped(step), run_dir=tmp_path, resume=resume, **GROWING)
+    again = flat(dc.sparsify)(seeded(), stripes(), run_dir=tmp_path, resume=True, **GROWING)
     assert same(again, whole) and again.meta["info"]["sparsify"] == whole.meta["info"]["sparsify"]
     with pytest.raises(dc.RequestError, match="has grow_batch = True, not False"):
-        dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **GROWING | {"grow_batch": False})
+        flat(dc.sparsify)(seeded(), stripes(), run_dir=tmp_path, resume=True, **GROWING | {"grow_batch": False})

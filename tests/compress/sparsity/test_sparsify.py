@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from data import counting, stripes
+from flat_options import flat
 from nets import SmallResNet, Words, seeded
 from torch.nn import functional as F
 from trained import SPARSIFY, accuracy, same
@@ -35,7 +36,7 @@ def test_targets_are_met(change: dict[str, Any], count: Any) -> None:
     data, model = stripes(), seeded(TWO if "kinds" in change else SmallResNet)
     gm = dc.capture(model, data.tensors[0][:2])
     before = copy.deepcopy(gm.state_dict())
-    small = dc.sparsify(gm, data, **SPARSIFY | change)
+    small = flat(dc.sparsify)(gm, data, **SPARSIFY | change)
     report = small.meta["info"]["sparsify"]
     target = change.get("macs") or change["params"]
     assert report["left"] == pytest.approx(count(small) / count(gm))
@@ -59,7 +60,7 @@ def test_counts_are_multiples_at_every_surgery(goal: dict[str, float], monkeypat
         return operate(gm, keep, **options)
 
     monkeypatch.setattr(sparsifier, "operate", seen)
-    dc.sparsify(seeded(), stripes(), **SPARSIFY | {**goal, "round_to": 4, "shrink_every": 1})
+    flat(dc.sparsify)(seeded(), stripes(), **SPARSIFY | {**goal, "round_to": 4, "shrink_every": 1})
     assert len(counts) > 1 and all(count % 4 == 0 for some in counts for count in some)
 
 
@@ -81,7 +82,7 @@ def test_every_surgery_equals_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparsifier, "operate", compared)
     for kind, data, kinds in ((TWO, stripes(), ("axes", "layers")), (Words, counting(), ("axes",))):
         learned: list[bool] = []
-        dc.sparsify(seeded(kind), data, params=0.5, shrink_every=1, kinds=kinds, **SPARSIFY)
+        flat(dc.sparsify)(seeded(kind), data, params=0.5, shrink_every=1, kinds=kinds, **SPARSIFY)
         assert learned and learned[0]  # what lasso zeroed, not what the surgery zeroes
     assert max(seen) < 1e-5
 
@@ -89,8 +90,8 @@ def test_every_surgery_equals_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_language_models_and_strength_by_hand() -> None:
     data = counting()
     model = seeded(Words)
-    weak = dc.sparsify(model, data, strength=0.2, **SPARSIFY)
-    strong = dc.sparsify(model, data, strength=4.0, kinds=("hidden states",), floor=0.25, **SPARSIFY)
+    weak = flat(dc.sparsify)(model, data, strength=0.2, **SPARSIFY)
+    strong = flat(dc.sparsify)(model, data, strength=4.0, kinds=("hidden states",), floor=0.25, **SPARSIFY)
     assert count_parameters(strong) < count_parameters(weak) <= count_parameters(model)
     assert strong.embed.embedding_dim == 8 and strong.lstm.hidden_size == 3  # as its floor says
     assert {s["strength"] for s in strong.meta["info"]["sparsify"]["surgeries"]} == {4.0}
@@ -99,7 +100,7 @@ def test_language_models_and_strength_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", ["filters", "shapes"])
 def test_zeros_that_stay_in_a_weight_outlive_the_training_after_them(kind: str) -> None:
-    small = dc.sparsify(seeded(), stripes(), macs=0.6, kinds=("axes", kind), ema=0.9, **SPARSIFY)
+    small = flat(dc.sparsify)(seeded(), stripes(), macs=0.6, kinds=("axes", kind), ema=0.9, **SPARSIFY)
     zeros = [weight.flatten(1) == 0 for name, weight in small.named_parameters() if weight.dim() > 1]
     shares = [float(zero.all(1 if kind == "filters" else 0).double().mean()) for zero in zeros]
     assert 0 < max(shares) < 0.6
@@ -122,7 +123,7 @@ def test_strength_from_the_first_loss(monkeypatch: pytest.MonkeyPatch) -> None:
                 found.append(self.strength * penalty / float(self._first_loss))  # type: ignore[arg-type]
 
     monkeypatch.setattr("dyncompress.compress.sparsity.sparsify.Sparsifier", Watched)
-    dc.sparsify(seeded(), stripes(), penalty_ratio=0.2, **SPARSIFY)
+    flat(dc.sparsify)(seeded(), stripes(), penalty_ratio=0.2, **SPARSIFY)
     assert found == [pytest.approx(0.2)] and len(steps) == 4 * 6
     assert min(steps[: 3 * 6]) > 0 and steps[3 * 6 :] == [0.0] * 6  # then zeros are held only
 
@@ -167,7 +168,7 @@ def test_an_optimiser_whose_state_has_no_slices_is_refused() -> None:
 def test_controls() -> None:
     data = stripes()
     early = dc.capture(seeded(), data.tensors[0][:2])
-    small = dc.sparsify(early, data, macs=0.5, kinds=("axes", "layers"), **SPARSIFY)
+    small = flat(dc.sparsify)(early, data, macs=0.5, kinds=("axes", "layers"), **SPARSIFY)
     kept = {name: a["kept"] for name, a in small.meta["info"]["sparsify"]["kept"].items() if a["kept"]}
     ticket = rewind(small, early)
     rows, columns = kept["blocks.0.0.weight:0"], kept["stem.weight:0"]
@@ -189,7 +190,7 @@ def test_bf16() -> None:
 
     AcceleratorState._reset_state(True)
     try:
-        small = dc.sparsify(seeded(), stripes(), macs=0.5, mixed_precision="bf16", **SPARSIFY)
+        small = flat(dc.sparsify)(seeded(), stripes(), macs=0.5, mixed_precision="bf16", **SPARSIFY)
         report = small.meta["info"]["sparsify"]
         assert report["left"] <= 0.5 and report["learned"] < 1 and accuracy(small, stripes()) > 0.9
         assert {p.dtype for p in small.parameters()} == {torch.float32}
@@ -219,4 +220,4 @@ def test_bf16() -> None:
 )
 def test_wrong_requests(change: dict[str, Any], said: str) -> None:
     with pytest.raises(dc.RequestError, match=said):
-        dc.sparsify(seeded(), stripes(8), **change)
+        flat(dc.sparsify)(seeded(), stripes(8), **change)

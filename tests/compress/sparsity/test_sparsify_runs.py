@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from data import make_stripes, stripes
+from flat_options import flat
 from nets import seeded, small_resnet
 from trained import SPARSIFY, same, stopped
 
@@ -24,18 +25,18 @@ RESUMED: dict[str, Any] = SPARSIFY | {"shrink_every": 1, "ema": 0.9, "macs": 0.3
 
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Stopped after its first surgery, and again after its last."""
-    whole = dc.sparsify(seeded(), stripes(), **RESUMED)
+    whole = flat(dc.sparsify)(seeded(), stripes(), **RESUMED)
     first, *_, last = (s["epoch"] for s in whole.meta["info"]["sparsify"]["surgeries"])
     assert first < last
     for step, resume in ((first * STEPS + 2, False), ((last - first) * STEPS + 2, True)):
         with pytest.raises(KeyboardInterrupt, match="continue with resume"):
-            dc.sparsify(seeded(), stripes(), loss_fn=stopped(step), run_dir=tmp_path, resume=resume, **RESUMED)
+            flat(dc.sparsify)(seeded(), stripes(), loss_fn=stopped(step), run_dir=tmp_path, resume=resume, **RESUMED)
         torch.manual_seed(99)
-    again = dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **RESUMED)
+    again = flat(dc.sparsify)(seeded(), stripes(), run_dir=tmp_path, resume=True, **RESUMED)
     assert same(again, whole)
     assert again.meta["info"]["sparsify"] == whole.meta["info"]["sparsify"]
     with pytest.raises(dc.RequestError, match="has target"):
-        dc.sparsify(seeded(), stripes(), run_dir=tmp_path, resume=True, **RESUMED | {"macs": 0.4})
+        flat(dc.sparsify)(seeded(), stripes(), run_dir=tmp_path, resume=True, **RESUMED | {"macs": 0.4})
 
 
 def begun(code: str, **environment: str) -> subprocess.Popen[str]:
@@ -146,7 +147,7 @@ def test_its_shape_is_trained_anew(
     report = json.loads(capsys.readouterr().out)
     assert report["retrained"]["macs"] == report["static"]["macs"]
     whole = dc.capture(small_resnet(), data[0][0][None]) if early else None
-    expected = dc.retrain(small, data, early=whole, epochs=2, device="cpu")
+    expected = dc.retrain(small, data, early=whole, training=dc.Training(epochs=2), run=dc.Run(device="cpu"))
     assert same(dc.load(report["model"]), expected) and not same(expected, small)
 
 

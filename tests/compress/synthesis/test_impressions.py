@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 from data import stripes
+from flat_options import flat
 from PIL import Image
 from torch import Tensor, fx, nn
 from torch.utils.data import TensorDataset
 from trained import QUIET
 
+import dyncompress as dc
 from dyncompress.cli.main import _one_line_warnings, run
 from dyncompress.compress.evaluation.evaluate import evaluate
 from dyncompress.compress.exits.convert import convert
-from dyncompress.compress.options.steps import Convert
 from dyncompress.compress.synthesis.data_free import splits_of_impressions
 from dyncompress.compress.synthesis.few_samples import Blends, few_shots
 from dyncompress.compress.synthesis.impressions import FILE, Synthesis, make_impressions
@@ -45,7 +46,7 @@ def trained() -> nn.Module:
     for a, b in ((1, 8), (8, 16), (16, 16)):
         layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
-    fit(model, nn.functional.cross_entropy, bright_stripes(480, 0), epochs=12, lr=0.02, batch_size=48, **QUIET)
+    flat(fit)(model, nn.functional.cross_entropy, bright_stripes(480, 0), epochs=12, lr=0.02, batch_size=48, **QUIET)
     return model.eval()
 
 
@@ -55,7 +56,7 @@ def captured() -> fx.GraphModule:
 
 @cache
 def impressions() -> Any:
-    return make_impressions(captured(), X, SHORT, **QUIET)
+    return flat(make_impressions)(captured(), X, SHORT, **QUIET)
 
 
 def distances(x: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def test_the_network_answers_the_classes() -> None:
 
 def test_an_interrupted_synthesis_resumes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how = Synthesis(count=40, batch_size=10, steps=2)
-    whole = make_impressions(captured(), X, how, seed=5, run_dir=tmp_path / "whole", **QUIET)
+    whole = flat(make_impressions)(captured(), X, how, seed=5, run_dir=tmp_path / "whole", **QUIET)
     saved, calls = torch.save, []
 
     def interrupted(*args: Any) -> None:
@@ -115,14 +116,14 @@ def test_an_interrupted_synthesis_resumes_to_the_same(tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch, "save", interrupted)
-        make_impressions(captured(), X, how, seed=5, run_dir=tmp_path / "cut", **QUIET)
+        flat(make_impressions)(captured(), X, how, seed=5, run_dir=tmp_path / "cut", **QUIET)
     for options, message in (({}, "holds a run already"), ({"resume": True, "seed": 6}, "seed = 5, not 6")):
         with pytest.raises(RequestError, match=message):
-            make_impressions(captured(), X, how, run_dir=tmp_path / "cut", **{"seed": 5, **options, **QUIET})
+            flat(make_impressions)(captured(), X, how, run_dir=tmp_path / "cut", **{"seed": 5, **options, **QUIET})
     with monkeypatch.context() as patch:
         counted: list[Any] = []
         patch.setattr(torch, "save", lambda *args: (counted.append(1), saved(*args)))
-        resumed = make_impressions(captured(), X, how, seed=5, run_dir=tmp_path / "cut", resume=True, **QUIET)
+        resumed = flat(make_impressions)(captured(), X, how, seed=5, run_dir=tmp_path / "cut", resume=True, **QUIET)
     assert len(counted) == 3  # the second batch never reached its place
     for name in ("inputs", "classes"):
         assert torch.equal(getattr(whole, name), getattr(resumed, name))
@@ -164,7 +165,7 @@ def accuracies(model: Any) -> list[float]:
 
 def test_exits_are_distilled_without_data() -> None:
     with pytest.warns(UserWarning, match="without data"):
-        model = convert(trained(), X, exits=2, impressions=256, epochs=2, max_loss=0.05, **QUIET)
+        model = flat(convert)(trained(), X, exits=2, impressions=256, epochs=2, max_loss=0.05, **QUIET)
     static = evaluate(trained(), bright_stripes(300, 7)).accuracy
     result = evaluate(model, bright_stripes(300, 7))
     assert accuracies(model)[-1] == pytest.approx(static)
@@ -174,8 +175,10 @@ def test_exits_are_distilled_without_data() -> None:
 
 
 def test_thresholds_are_chosen_on_impressions_held_out_as_they_are_and_blended() -> None:
-    made = make_impressions(captured(), X, Synthesis(count=60, batch_size=60), seed=3, **QUIET).inputs
-    _, calibration = splits_of_impressions(captured(), X, 60, seed=3, device=torch.device("cpu"), progress=False)
+    made = flat(make_impressions)(captured(), X, Synthesis(count=60, batch_size=60), seed=3, **QUIET).inputs
+    _, calibration = splits_of_impressions(
+        captured(), X, 60, run=dc.Run(seed=3, device=torch.device("cpu"), progress=False)
+    )
     assert len(calibration) == 96  # 12 held out, four times as they are and four times blended
     shown, labels = (
         torch.stack(column) for column in zip(*((x, torch.tensor(y)) for x, y in calibration), strict=True)
@@ -192,9 +195,9 @@ def test_exits_learn_from_a_few_shots() -> None:
     class Part:
         train, calibration = bright_stripes(600, 3), bright_stripes(120, 4)
 
-    model = convert(trained(), exits=2, data=Part(), shots=2, epochs=2, **QUIET)
+    model = flat(convert)(trained(), exits=2, data=Part(), shots=2, epochs=2, **QUIET)
     assert accuracies(model)[1] > accuracies(model)[-1] - 0.06
-    plain = convert(trained(), exits=2, data=Part(), shots=5, epochs=1, recipe="sum", **QUIET)  # needs labels
+    plain = flat(convert)(trained(), exits=2, data=Part(), shots=5, epochs=1, recipe="sum", **QUIET)  # needs labels
     assert plain.trunk.meta["info"]["convert"]["samples"] == 120
 
 
@@ -225,11 +228,7 @@ def unsound(model: nn.Module) -> nn.Module:
 def test_what_cannot_be_done_without_data(model: Any, x: Any, options: dict[str, Any], message: str) -> None:
     with warnings.catch_warnings(), pytest.raises(RequestError, match=message):
         warnings.simplefilter("ignore")
-        convert(model(), x, exits=1, **{**QUIET, **options})
-
-
-def test_recipes_have_the_same_default() -> None:
-    assert Convert().impressions == Synthesis.count
+        flat(convert)(model(), x, exits=1, **{**QUIET, **options})
 
 
 def make_net() -> nn.Module:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from cases import CASES, graph_with_exits
 from dynamic_models import easy
+from flat_options import flat
 from torch import nn
 
+import dyncompress as dc
 from dyncompress.compress.exits.which_exits import search_exits
 from dyncompress.compress.thresholds import call_costs
 from dyncompress.compress.thresholds import choose_policy as choose
@@ -69,7 +71,7 @@ def test_an_exit_that_is_slow_to_ask_is_off(monkeypatch: pytest.MonkeyPatch) -> 
     assert by_macs.latency is None and by_macs.policy.thresholds[0] is not None
     slow = CallTimes((1.0, 1.0, 1.0, 1.0), (50.0, 0.1, 0.1), 4.0)
     monkeypatch.setattr(choose, "time_costs", lambda *_, **__: slow)
-    found = choose_policy(made, data, max_loss=0.3, cost="latency")
+    found = choose_policy(made, data, max_loss=0.3, leaving=dc.Leaving(cost="latency"))
     assert made.policy.thresholds[0] is None and any(t is not None for t in made.policy.thresholds[1:])
     spent = 0.0
     for row in zip(*(z.unbind() for z in cached.logits), strict=True):  # one sample at a time
@@ -93,7 +95,7 @@ def test_a_search_drops_exits_that_are_slow_to_ask(monkeypatch: pytest.MonkeyPat
     made, data = easy()
     slow = CallTimes((1.0, 1.0, 1.0, 1.0), (50.0, 0.01, 50.0), 4.0)
     monkeypatch.setattr("dyncompress.compress.exits.which_exits.time_costs", lambda *_, **__: slow)
-    kept, report = search_exits(made, data, Goal(max_loss=0.6, cost="latency"))
+    kept, report = search_exits(made, data, Goal(max_loss=0.6, leaving=dc.Leaving(cost="latency")))
     assert list(report.kept) == kept.exits == made.exits[1:2]
     assert report.mean_latency_share is not None and 0.5 <= report.mean_latency_share < 1
     assert report.mean_macs_share is None
@@ -120,7 +122,7 @@ def test_measured_costs_are_those_of_a_call() -> None:
 )
 def test_wrong_goals(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        Goal(**options)
+        flat(Goal)(**options)
 
 
 def test_no_data() -> None:

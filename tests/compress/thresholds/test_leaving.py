@@ -11,10 +11,12 @@ import pytest
 import torch
 from cases import CASES, graph_with_exits
 from dynamic_models import easy
+from flat_options import flat
 from played import draw, every_choice, simulate
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+import dyncompress as dc
 from dyncompress.compress.thresholds import candidates
 from dyncompress.compress.thresholds.candidates import Cached, Candidates, by_genetic_search, by_one_threshold, by_quota
 from dyncompress.compress.thresholds.choose_policy import choose_policy
@@ -180,7 +182,7 @@ def test_a_score_with_nothing_to_tell_apart() -> None:
 def test_every_rule_can_be_chosen(rule: str, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "_TRIALS", 80)
     made, data = easy()
-    report = choose_policy(made, data, rule=rule, threshold_search=kind, max_loss=0.3)
+    report = choose_policy(made, data, max_loss=0.3, leaving=dc.Leaving(rule=rule, threshold_search=kind))
     found, labels = made.predict(data.tensors[0]), data.tensors[1]
     accuracy = (found.logits.argmax(-1) == labels).double().mean().item()
     assert made.policy.rule == rule and report.policy == made.policy
@@ -196,14 +198,14 @@ def test_every_rule_can_be_chosen(rule: str, kind: Any, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("risk_of", ["disagreement", "accuracy-loss"])
 def test_a_promised_risk(risk_of: Any) -> None:
     made, data = easy()
-    report = choose_policy(made, data, risk=0.1, confidence=0.8, risk_of=risk_of)
+    report = choose_policy(made, data, leaving=dc.Leaving(risk=0.1, confidence=0.8, risk_of=risk_of))
     promise = report.risk
     assert promise is not None and promise.loss == risk_of and promise.samples == 300 and promise.step > 0
     assert promise.observed < 0.1 and promise.p_value <= 0.2
     final, found = made.all_logits(data.tensors[0])[-1].argmax(-1), made.predict(data.tensors[0]).logits.argmax(-1)
     assert 0 < (final != found).double().mean() < 0.13
     with pytest.raises(RequestError, match=r"300 samples cannot promise a risk of 0\.001 with confidence 0\.8"):
-        choose_policy(made, data, risk=0.001, confidence=0.8, risk_of=risk_of)
+        choose_policy(made, data, leaving=dc.Leaving(risk=0.001, confidence=0.8, risk_of=risk_of))
 
 
 def test_exits_that_are_wrong_cannot_promise_anything() -> None:
@@ -216,7 +218,7 @@ def test_exits_that_are_wrong_cannot_promise_anything() -> None:
         head.linear.weight.data.zero_()
         head.linear.bias.data[never] += 100
     with pytest.warns(UserWarning, match="no exit keeps the risk of 0.05 with confidence 0.9 on 150 samples"):
-        choose_policy(made, TensorDataset(x, made.all_logits(x)[-1].argmax(-1)), risk=0.05)
+        choose_policy(made, TensorDataset(x, made.all_logits(x)[-1].argmax(-1)), leaving=dc.Leaving(risk=0.05))
     assert made.predict(x).exit_index.tolist() == [3] * 300
 
 
@@ -233,7 +235,7 @@ def test_exits_that_are_wrong_cannot_promise_anything() -> None:
 def test_wrong_goals(options: dict[str, Any], message: str) -> None:
     made = DynamicModel(graph_with_exits("resnet")).eval()
     with pytest.raises(RequestError, match=message):
-        choose_policy(made, TensorDataset(torch.zeros(1, 3, 16, 16), torch.zeros(1)), **options)
+        flat(choose_policy)(made, TensorDataset(torch.zeros(1, 3, 16, 16), torch.zeros(1)), **options)
 
 
 def test_policies_keep_their_table() -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flat_options import flat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+import dyncompress as dc
 from dyncompress.compress.training.hooks import Hook, Progress, TrainingRun
 from dyncompress.compress.training.schedule import Timetable
 from dyncompress.compress.training.trainer import Epoch, fit, in_phases
@@ -96,7 +98,7 @@ def test_equals_a_plain_loop() -> None:
 
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     reference = copy.deepcopy(model)
-    history = fit(model, F.cross_entropy, Recorded(), epochs=epochs, lr=lr, batch_size=batch, **QUIET)
+    history = flat(fit)(model, F.cross_entropy, Recorded(), epochs=epochs, lr=lr, batch_size=batch, **QUIET)
 
     steps = epochs * (len(plain) // batch)
     assert len(seen) == steps * batch
@@ -125,20 +127,20 @@ def test_equals_a_plain_loop() -> None:
 def test_resumes_exactly(tmp_path: Path, step: int) -> None:
     options: dict[str, Any] = {"epochs": 3, "batch_size": 8, "seed": 3, **QUIET}
     whole, whole_loss = network(), Schedule()
-    history = fit(whole, whole_loss, Pairs(), **options)
+    history = flat(fit)(whole, whole_loss, Pairs(), **options)
 
     stopped = network()
     with pytest.raises(Stop):
-        fit(stopped, Schedule(), Pairs(), run_dir=tmp_path, hooks=[StopAt(step)], **options)
+        flat(fit)(stopped, Schedule(), Pairs(), run_dir=tmp_path, hooks=[StopAt(step)], **options)
     torch.manual_seed(99)  # nothing of the first process is left
     resumed, loss = network(), Schedule()
-    again = fit(resumed, loss, Pairs(), run_dir=tmp_path, resume=True, **options)
+    again = flat(fit)(resumed, loss, Pairs(), run_dir=tmp_path, resume=True, **options)
     assert same(resumed, whole) and not same(stopped, whole)
     assert loss.calls == whole_loss.calls
     assert [e.loss for e in again] == [e.loss for e in history]
 
     finished = network()
-    assert fit(finished, Schedule(), Pairs(), run_dir=tmp_path, resume=True, **options) == again
+    assert flat(fit)(finished, Schedule(), Pairs(), run_dir=tmp_path, resume=True, **options) == again
     assert same(finished, whole)
 
 
@@ -166,7 +168,7 @@ def test_hooks_are_told_every_moment_in_order() -> None:
             return F.cross_entropy(z, y)
 
     model = network()
-    fit(model, ToldLoss("loss"), Pairs(), epochs=2, batch_size=16, hooks=[Told("a"), Told("b")], **QUIET)
+    flat(fit)(model, ToldLoss("loss"), Pairs(), epochs=2, batch_size=16, hooks=[Told("a"), Told("b")], **QUIET)
     moments = [4, model, 0, 1, "epoch 1", 2, 3, "epoch 2"]
     assert told == [(name, moment) for moment in moments for name in ("a", "b", "loss")]
 
@@ -181,7 +183,7 @@ def test_a_run_with_other_hooks_is_not_continued(tmp_path: Path) -> None:
 
     def run(*hooks: Hook, resume: bool = True) -> None:
         options: dict[str, Any] = {"run_dir": tmp_path, "epochs": 1, **QUIET}
-        fit(network(), F.cross_entropy, Pairs(), hooks=hooks, resume=resume, **options)
+        flat(fit)(network(), F.cross_entropy, Pairs(), hooks=hooks, resume=resume, **options)
 
     run(Named("a"), resume=False)
     with pytest.raises(RequestError, match="has method = a, not b"):
@@ -196,28 +198,30 @@ def test_a_run_with_other_hooks_is_not_continued(tmp_path: Path) -> None:
 
 
 def test_phases_are_numbered_through_and_keep_their_states_apart(tmp_path: Path) -> None:
-    def phase(folder: Path | None) -> list[Epoch]:
-        return fit(network(), F.cross_entropy, Pairs(), epochs=2, run_dir=folder, **QUIET)
+    def phase(part: dc.Run) -> list[Epoch]:
+        return fit(network(), F.cross_entropy, Pairs(), dc.Training(epochs=2), part)
 
-    made = in_phases([phase, phase], tmp_path)
+    made = in_phases([phase, phase], dc.Run(run_dir=tmp_path, **QUIET))
     assert [epoch.epoch for epoch in made] == [1, 2, 3, 4] and made[0].loss == made[2].loss
     assert sorted(path.parent.name for path in tmp_path.glob("*/training.pt")) == ["phase-1", "phase-2"]
-    assert len(in_phases([phase], tmp_path)) == 2 and (tmp_path / "training.pt").exists()
-    assert len(in_phases([phase], None)) == 2
+    assert len(in_phases([phase], dc.Run(run_dir=tmp_path, **QUIET))) == 2 and (tmp_path / "training.pt").exists()
+    assert len(in_phases([phase], dc.Run(**QUIET))) == 2
 
 
 def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
     options: dict[str, Any] = {"epochs": 3, "batch_size": 8, **QUIET}
     with pytest.raises(KeyboardInterrupt, match=f"after 1 of 3 epochs; continue with resume and run_dir {tmp_path}"):
-        fit(network(), F.cross_entropy, Pairs(), run_dir=tmp_path, hooks=[StopAt(5, KeyboardInterrupt)], **options)
+        flat(fit)(
+            network(), F.cross_entropy, Pairs(), run_dir=tmp_path, hooks=[StopAt(5, KeyboardInterrupt)], **options
+        )
     with pytest.raises(KeyboardInterrupt, match="nothing was saved"):
-        fit(network(), F.cross_entropy, Pairs(), hooks=[StopAt(5, KeyboardInterrupt)], **options)
+        flat(fit)(network(), F.cross_entropy, Pairs(), hooks=[StopAt(5, KeyboardInterrupt)], **options)
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
     def run(model: nn.Module, **changes: Any) -> None:
         options: dict[str, Any] = {"epochs": 1, "batch_size": 8, "run_dir": tmp_path, **QUIET}
-        fit(model, F.cross_entropy, Pairs(), **{**options, **changes})
+        flat(fit)(model, F.cross_entropy, Pairs(), **{**options, **changes})
 
     run(network())
     with pytest.raises(RequestError, match="holds a run already"):
@@ -241,19 +245,19 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     with pytest.raises(DynCompressError, match=r"nan at step 2 of 4.*learning rate below 0.001"):
         losses = iter([1.0, 1.0, math.nan])
-        fit(network(), lambda z, y: z.sum() * 0 + next(losses), Pairs(), epochs=1, batch_size=8, **QUIET)
+        flat(fit)(network(), lambda z, y: z.sum() * 0 + next(losses), Pairs(), epochs=1, batch_size=8, **QUIET)
 
 
 @pytest.mark.parametrize("change", [{"epochs": 0}, {"lr": 0.0}, {"batch_size": -1}, {"seed": -1}, {"parameters": []}])
 def test_wrong_arguments(change: dict[str, Any]) -> None:
     with pytest.raises(RequestError):
-        fit(network(), F.cross_entropy, Pairs(), **{"epochs": 1, **QUIET, **change})
+        flat(fit)(network(), F.cross_entropy, Pairs(), **{"epochs": 1, **QUIET, **change})
 
 
 def test_wrong_data() -> None:
     for data, message in [(Pairs(0), "empty"), (Dataset(), "no length"), (torch.randn(8, 6), "pairs")]:
         with pytest.raises(RequestError, match=message):
-            fit(network(), F.cross_entropy, data, epochs=1, **QUIET)  # type: ignore[arg-type]
+            flat(fit)(network(), F.cross_entropy, data, epochs=1, **QUIET)  # type: ignore[arg-type]
 
 
 def test_inputs_may_be_tuples_or_dicts() -> None:
@@ -268,7 +272,7 @@ def test_inputs_may_be_tuples_or_dicts() -> None:
     losses = []
     for shape in (lambda x: (x, 2 * x), lambda x: {"a": x, "b": 2 * x}):
         torch.manual_seed(0)
-        losses.append(fit(Two(), F.cross_entropy, Pairs(shape=shape), epochs=2, batch_size=8, **QUIET)[-1].loss)
+        losses.append(flat(fit)(Two(), F.cross_entropy, Pairs(shape=shape), epochs=2, batch_size=8, **QUIET)[-1].loss)
     assert losses[0] == losses[1]
 
 
@@ -282,7 +286,9 @@ def test_groups_have_their_own_learning_rates_and_frozen_modules_stay() -> None:
         def after_step(self, step: int) -> None:
             modes.append((model[1].training, model[3].training))
 
-    fit(model, F.cross_entropy, Pairs(), epochs=1, parameters=groups, keep_eval=[model[1]], hooks=[Watch()], **QUIET)
+    flat(fit)(
+        model, F.cross_entropy, Pairs(), epochs=1, parameters=groups, keep_eval=[model[1]], hooks=[Watch()], **QUIET
+    )
     assert modes and set(modes) == {(False, True)}
     assert same(model[0], before[0]) and same(model[1], before[1]) and not same(model[4], before[4])
     assert not any(module.training for module in model.modules())  # as it came
@@ -295,7 +301,7 @@ def test_random_numbers_outside_are_left_alone_and_the_seed_decides() -> None:
         torch.manual_seed(5)
         expected = torch.rand(1)
         torch.manual_seed(5)
-        fit(model, F.cross_entropy, Pairs(), epochs=1, batch_size=8, seed=seed, **QUIET)
+        flat(fit)(model, F.cross_entropy, Pairs(), epochs=1, batch_size=8, seed=seed, **QUIET)
         assert torch.equal(torch.rand(1), expected)
         results.append(model)
     assert same(results[0], results[1]) and not same(results[0], results[2])
@@ -307,10 +313,10 @@ def test_bf16_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     AcceleratorState._reset_state(True)
     try:
         model = network()
-        history = fit(model, F.cross_entropy, Pairs(), epochs=1, batch_size=8, mixed_precision="bf16", **QUIET)
+        history = flat(fit)(model, F.cross_entropy, Pairs(), epochs=1, batch_size=8, mixed_precision="bf16", **QUIET)
         assert math.isfinite(history[0].loss)
         assert "forward" not in model.__dict__ and model.eval()(torch.zeros(2, 6)).dtype == torch.float32
         with pytest.raises(RequestError, match="mixed_precision"):
-            fit(model, F.cross_entropy, Pairs(), epochs=1, mixed_precision="fp16", **QUIET)
+            flat(fit)(model, F.cross_entropy, Pairs(), epochs=1, mixed_precision="fp16", **QUIET)
     finally:
         AcceleratorState._reset_state(True)

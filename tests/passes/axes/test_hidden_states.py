@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import flat
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -49,7 +50,7 @@ def test_a_recurrent_highway_loses_hidden_states() -> None:
     start = torch.arange(96)[:, None] + torch.arange(4)
     data = TensorDataset(start[:, :-1] % 7, start[:, 1:] % 7)
     options: dict[str, Any] = {"epochs": 10, "finetune": 2, "batch_size": 8, "lr": 2e-2, "device": "cpu"}
-    small: Any = dc.sparsify(model, data, params=0.5, kinds=("hidden states",), **options)
+    small: Any = flat(dc.sparsify)(model, data, params=0.5, kinds=("hidden states",), **options)
     report = small.meta["info"]["sparsify"]
     hidden = len(report["kept"]["highway.input.weight:0.0"]["kept"])
     assert 1 < hidden < 12 and report["learned"] == report["left"] <= 0.5

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import CASES, call
 from dynamic_models import leaning
+from flat_options import flat
 from nets import TwoInputs
 from onnx_files import run
 from played import WEIGHTS
@@ -164,7 +165,7 @@ def test_the_chosen_policy_does_what_is_reported() -> None:
     labels = call(model.all_logits, (x, late))[1].argmax(-1)
     data = TensorDataset(x, late, labels)
     pairs = [((a, b), int(y)) for a, b, y in data]
-    report = choose_policy(model, pairs, macs=0.9, threshold_search="quota", fallback="ensemble")  # type: ignore[arg-type]
+    report = choose_policy(model, pairs, macs=0.9, leaving=dc.Leaving(threshold_search="quota", fallback="ensemble"))  # type: ignore[arg-type]
     assert model.policy.fallback == "ensemble" == report.policy.fallback
     assert model.policy.final_temperature == pytest.approx(report.exits[-1].temperature)
     out = model.predict(x, late)
@@ -176,8 +177,8 @@ def test_the_chosen_policy_does_what_is_reported() -> None:
 def test_refused() -> None:
     options: dict[str, Any] = {"exits": 2, "data": [((torch.zeros(12), torch.zeros(())), 0)] * 20}
     with pytest.raises(RequestError, match="unknown fallback 'mean'; give final or ensemble"):
-        dc.convert(TwoInputs(), **options, fallback="mean")
+        flat(dc.convert)(TwoInputs(), **options, fallback="mean")
     with pytest.raises(RequestError, match="the grid cannot enumerate fallback 'ensemble'"):
-        dc.convert(TwoInputs(), **options, fallback="ensemble", threshold_search="grid")
+        flat(dc.convert)(TwoInputs(), **options, fallback="ensemble", threshold_search="grid")
     with pytest.raises(RequestError, match=r"temperature 0\.0 of exit 1 is not a positive number"):
         ExitPolicy("max-softmax", (0.5,), fallback="ensemble", final_temperature=0.0)
