@@ -68,8 +68,8 @@ def test_retrain() -> None:
 def test_convert() -> None:
     words = "--exits 1 --epochs 1 --batch-size 32 --no-freeze-trunk --trunk-lr 0.1 --rule entropy --max-loss 0.1"
     made = dc.convert(
-        small_resnet(), data=make_stripes(), exits=1, freeze_trunk=False, max_loss=0.1, leaving=dc.Leaving(rule="entropy"),
-        training=dc.Training(epochs=1, batch_size=32, trunk_lr=0.1), run=RUN,
+        small_resnet(), data=make_stripes(), exits=1, freeze_trunk=False, max_loss=0.1,
+        leaving=dc.Leaving(rule="entropy"), training=dc.Training(epochs=1, batch_size=32, trunk_lr=0.1), run=RUN,
     )  # fmt: skip
     asked = commanded("convert", NET, *words.split())
     assert isinstance(asked, dc.DynamicModel)
@@ -79,7 +79,8 @@ def test_convert() -> None:
 def test_gate() -> None:
     words = "--macs 0.9 --epochs 1 --batch-size 32 --settle 0"
     made = dc.gate(
-        small_resnet(), data=make_stripes(), macs=0.9, settle=0.0, training=dc.Training(epochs=1, batch_size=32), run=RUN
+        small_resnet(), data=make_stripes(), macs=0.9, settle=0.0,
+        training=dc.Training(epochs=1, batch_size=32), run=RUN,
     )  # fmt: skip
     assert same(made, commanded("gate", NET, *words.split()))
 

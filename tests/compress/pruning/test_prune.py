@@ -176,9 +176,8 @@ def test_every_axis_loses_the_same_share(importance: str, gm: torch.fx.GraphModu
 
 def test_axes_lose_the_same_share_unless_depth_or_latency_is_to_choose(gm: torch.fx.GraphModule) -> None:
     assert sizes(dc.prune(gm, macs=0.5)) == sizes(dc.prune(gm, macs=0.5, cuts=dc.Cuts(scope="axis")))
-    assert sizes(dc.prune(gm, macs=0.5, limits=dc.Limits(depth=True))) == sizes(
-        dc.prune(gm, macs=0.5, limits=dc.Limits(depth=True), cuts=dc.Cuts(scope="global"))
-    )
+    deep, everything = dc.Limits(depth=True), dc.Cuts(scope="global")
+    assert sizes(dc.prune(gm, macs=0.5, limits=deep)) == sizes(dc.prune(gm, macs=0.5, limits=deep, cuts=everything))
 
 
 def test_every_block_loses_the_same_share() -> None:
@@ -250,13 +249,8 @@ def test_choose_keeps_its_call(gm: torch.fx.GraphModule) -> None:
 @pytest.mark.parametrize("importance", list(IMPORTANCES))
 def test_every_importance_prunes(importance: str, gm: torch.fx.GraphModule) -> None:
     data = TensorDataset(torch.randn(24, 3, 12, 12), torch.arange(24) % 10)
-    small = dc.prune(
-        gm,
-        macs=0.5,
-        importance=importance,
-        data=data if importance in NEED_DATA else None,
-        limits=dc.Limits(depth=True),
-    )
+    data, depth = data if importance in NEED_DATA else None, dc.Limits(depth=True)
+    small = dc.prune(gm, macs=0.5, importance=importance, data=data, limits=depth)
     assert 0.48 <= count_macs(small) / count_macs(gm) <= 0.5
 
 
@@ -270,15 +264,8 @@ def data() -> TensorDataset:
 
 
 def test_cuts_follow_a_geometric_schedule(gm: torch.fx.GraphModule, data: TensorDataset) -> None:
-    small = dc.prune(
-        gm,
-        macs=0.4,
-        importance="taylor",
-        data=data,
-        finetune=1,
-        cuts=dc.Cuts(steps=3),
-        training=dc.Training(batch_size=16),
-    )
+    options: dict[str, Any] = {"macs": 0.4, "steps": 3, "importance": "taylor", "finetune": 1, "batch_size": 16}
+    small = flat(dc.prune)(gm, data=data, **options)
     assert 0.38 <= count_macs(small) / count_macs(gm) <= 0.4
     done = small.meta["info"]["prune"]["steps"]
     assert [step["goal"] for step in done] == pytest.approx([0.4 ** (1 / 3), 0.4 ** (2 / 3), 0.4])
