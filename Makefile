@@ -26,5 +26,9 @@ types: setup
 test: lint types
 	$(BIN)/python -m pytest -n 2
 
+.PHONY: wheel-test
+wheel-test: setup
+	$(BIN)/python -m pytest tests/cli/test_wheel.py -m ''
+
 clean:
 	rm -rf .venv build dist *.egg-info
