@@ -30,9 +30,13 @@ if TYPE_CHECKING:  # the same names for tools that read types; a test compares
     from .compress.pruning.unstructured import as_sparse as as_sparse
     from .compress.recipes.recipe import Recipe as Recipe
     from .compress.recipes.recipe import read_recipe as read_recipe
+    from .compress.sparsity.group_lasso import GroupLasso as GroupLasso
+    from .compress.sparsity.retrain import reinit as reinit
     from .compress.sparsity.retrain import retrain as retrain
+    from .compress.sparsity.retrain import rewind as rewind
     from .compress.sparsity.sparsify import sparsify as sparsify
     from .compress.sparsity.sparsify_report import SparsifyReport as SparsifyReport
+    from .compress.thresholds.risk import control_risk as control_risk
     from .compress.training.recalibrate import recalibrate_batchnorm as recalibrate_batchnorm
     from .errors import DynCompressError as DynCompressError
     from .errors import RequestError as RequestError
@@ -94,9 +98,11 @@ _NAMES = {
     "compress.pruning.unstructured": "as_sparse",
     "compress.pruning.compare": "Comparison compare",
     "compress.sparsity.sparsify": "sparsify",
-    "compress.sparsity.retrain": "retrain",
+    "compress.sparsity.retrain": "reinit retrain rewind",
+    "compress.sparsity.group_lasso": "GroupLasso",
     "compress.exits.convert": "convert",
     "compress.gates.gate": "gate",
+    "compress.thresholds.risk": "control_risk",
     "compress.evaluation.evaluate": "evaluate",
     "compress.training.recalibrate": "recalibrate_batchnorm",
     "compress.recipes.recipe": "Recipe read_recipe",
