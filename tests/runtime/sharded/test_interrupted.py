@@ -107,7 +107,7 @@ def test_another_request_does_not_go_on(gm: fx.GraphModule, source: Path, tmp_pa
     left = contents(out)
     keep = {next(iter(some(gm))): [0]}
     for changed in (
-        lambda **o: dc.shrink_checkpoint(gm, keep, source, out, progress=False, **o),
+        lambda **o: dc.shrink_checkpoint(gm, keep, source, out, progress=False, resume=True, **o),
         lambda **o: shrink(gm, source, out, max_shard_bytes=5000, **o),
     ):
         with pytest.raises(dc.RequestError, match="unfinished run of another"):
