@@ -54,7 +54,7 @@ def run_recipe(
         RequestError: anything in the request that is wrong. DynCompressError: a step failed.
         Interrupted: Ctrl-C; the folder holds what is needed to resume.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     folder = Path(folder)
     folders.check_free(folder, resume=resume, overwrite=overwrite)
     if resume and (folder / folders.REPORT).exists():

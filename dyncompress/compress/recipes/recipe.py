@@ -10,6 +10,7 @@
 Reading fills in every default, so that the text written beside a result is the whole truth about it.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ class Recipe:
         return yaml.safe_dump(plain, sort_keys=False, width=110)
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, all defaults filled in.
 
     Args:
@@ -55,7 +56,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RequestError: no such file, no YAML, unknown keys or options, values of another type.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:

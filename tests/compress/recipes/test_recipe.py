@@ -30,7 +30,7 @@ def test_text_reads_back(recipe_file: Path) -> None:
     steps = (first, second, Export(onnx="x.onnx"), Prune(params=0.5))
     recipe = Recipe(model="m.pt", arch="timm:resnet18", input_shape=(3, 32, 32), seed=7, device="cpu", steps=steps)
     recipe_file.write_text(str(recipe))
-    assert read_recipe(recipe_file) == recipe
+    assert read_recipe(recipe_file) == read_recipe(str(recipe_file)) == recipe
     assert "importance: l2" in str(recipe)
 
 
