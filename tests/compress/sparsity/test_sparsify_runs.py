@@ -44,6 +44,7 @@ def begun(code: str, **environment: str) -> subprocess.Popen[str]:
     text = f"""import os, signal, sys, torch, dyncompress as dc
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from data import stripes
+from flat_options import flat
 from nets import seeded
 from trained import SPARSIFY
 {code}"""
@@ -55,7 +56,7 @@ def test_two_processes_make_the_same_model(tmp_path: Path) -> None:
     code = f"""
 torch.set_num_threads(1)
 options = SPARSIFY | {{"epochs": 1, "batch_size": 16, "macs": 0.3, "grow_batch": True}}
-small = dc.sparsify(seeded(), stripes(), run_dir={str(tmp_path / "run")!r}, **options)
+small = flat(dc.sparsify)(seeded(), stripes(), run_dir={str(tmp_path / "run")!r}, **options)
 assert small.meta["info"]["sparsify"]["surgeries"] and torch.distributed.get_world_size() == 2
 saved = {{"sizes": small.meta["info"]["sparsify"]["batch_sizes"], **dict(small.named_parameters())}}
 torch.save(saved, {str(tmp_path)!r} + "/" + os.environ["RANK"])
