@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint types setup clean
+.PHONY: demo test benchmarks-quick lint types setup clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,9 @@ types: setup
 
 test: lint types
 	$(BIN)/python -m pytest -n 2
+
+benchmarks-quick: setup
+	$(BIN)/python -m pytest tests/cli/test_benchmarks.py -m '' -v -rs --durations=0
 
 .PHONY: wheel-test
 wheel-test: setup

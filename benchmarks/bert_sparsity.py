@@ -1,6 +1,6 @@
 """Heads and neurons of a BERT-style classifier, learned away on SST-2 (6,920 sentences).
 
-    python benchmarks/bert_sparsity.py [--seeds 3] [--out FOLDER]        writes benchmarks/bert_sparsity.json
+    python benchmarks/bert_sparsity.py [--seeds 3] [--quick]  writes benchmarks/bert_sparsity.json
 
     dense       trained, then trained on for as long as the others
     learned     the same trained network: group lasso over attention heads and MLP neurons to half the multiply-adds
@@ -11,56 +11,62 @@ about one point. Milliseconds per call of 65 words on one thread, the models tak
 not measured again.
 """
 
-import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from statistics import mean
+from functools import partial
 from typing import Any
 
 import torch
-from common import AMP, check_setting, header, read, start, write
+from common import AMP, QUICK, Benchmark, complete, means, trained
 from data import splits
 from torch import fx
 
 import dyncompress as dc
 from dyncompress.compress.evaluation.wall_clock import measure_latency
-from dyncompress.compress.training.losses import cross_entropy
-from dyncompress.compress.training.trainer import fit
-from dyncompress.model_zoo import build
+from dyncompress.compress.sparsity.sparsify_report import SparsifyReport
+from dyncompress.model_zoo import Splits, build
 from dyncompress.passes.graph.copying import deep_copy
 from dyncompress.passes.graph.cost import count_macs, count_parameters
 
-RESULTS = Path(__file__).with_suffix(".json")
-FIRST, SPARSE, FINE = 5, 4, 3
+BENCHMARK = Benchmark(
+    __file__, __doc__, data=True, within="summary",
+    published="SST-2 at no loss twice as fast on a GPU, 5 times on a CPU (DynaBERT, Hou et al., NeurIPS 2020)",
+    ours="{dense/test_accuracy:.1%} dense, {learned/test_accuracy:.1%} learned at {learned/macs:.2f} of the MACs, "
+    "{pruned/test_accuracy:.1%} pruned at {pruned/macs:.2f}",
+)  # fmt: skip
+FIRST, SPARSE, FINE = (1, 1, 1) if QUICK else (5, 4, 3)
 LR, MORE_LR, BATCH, MACS = 1e-3, 5e-4, 64, 0.5
-REPEATS = 40  # of every timed call
+OPTIONS: dict[str, Any] = {"batch_size": BATCH, "mixed_precision": AMP}
+REPEATS = 2 if QUICK else 40  # of every timed call
 KINDS = ("heads", "neurons")
 
 
-def make(seed: int, out: Path, data: Any) -> dict[str, fx.GraphModule]:
-    """The three networks of a seed, each trained or taken from where an interrupted run left it."""
-    options: dict[str, Any] = {"batch_size": BATCH, "seed": seed, "mixed_precision": AMP, "progress": True}
-
-    def train(gm: fx.GraphModule, name: str, epochs: int, lr: float) -> fx.GraphModule:
-        run = out / f"{name}-{seed}"
-        fit(gm, cross_entropy, data.train, epochs=epochs, lr=lr, run_dir=run, resume=run.exists(), **options)
-        return gm
-
+def trained_first(data: Splits, seed: int) -> fx.GraphModule:
+    """A BERT-style classifier of sentences."""
     torch.manual_seed(seed)
     net = build("text-encoder", vocabulary=len(data.vocabulary), classes=data.classes)
-    first = train(dc.capture(net, data.train[0][0][None].repeat(2, 1)), "first", FIRST, LR)
-    run, more = out / f"learned-{seed}", SPARSE + FINE
+    gm = dc.capture(net, data.train[0][0][None].repeat(2, 1))
+    return trained(gm, data.train, BENCHMARK.runs / f"first-{seed}", epochs=FIRST, lr=LR, seed=seed, **OPTIONS)
+
+
+def make(seed: int, data: Splits) -> dict[str, fx.GraphModule]:
+    """The three networks of a seed, each trained or taken from where an interrupted run left it."""
+    first, run, more = trained_first(data, seed), BENCHMARK.runs / f"learned-{seed}", SPARSE + FINE
+
+    def train(gm: fx.GraphModule, name: str) -> fx.GraphModule:
+        return trained(gm, data.train, BENCHMARK.runs / f"{name}-{seed}", epochs=more, lr=MORE_LR, seed=seed, **OPTIONS)
+
     learned = dc.sparsify(
         first, data.train, macs=MACS, kinds=KINDS, epochs=SPARSE, finetune=FINE, shrink_every=1, lr=MORE_LR,
-        run_dir=run, resume=run.exists(), **options,
+        run_dir=run, resume=run.exists(), seed=seed, **OPTIONS,
     )  # fmt: skip
-    pruned = train(dc.prune(first, macs=MACS), "pruned", more, MORE_LR)
-    return {"dense": train(deep_copy(first), "dense", more, MORE_LR), "learned": learned, "pruned": pruned}
+    pruned = train(dc.prune(first, macs=MACS), "pruned")
+    return {"dense": train(deep_copy(first), "dense"), "learned": learned.eval(), "pruned": pruned}
 
 
-def measure(models: Mapping[str, fx.GraphModule], data: Any) -> dict[str, dict[str, Any]]:
+def measure(seed: int, data: Splits) -> dict[str, dict[str, Any]]:
     """Accuracy, size and time of the networks of a seed."""
+    models = make(seed, data)
     whole, rows = count_macs(models["dense"]), {}
     ids = torch.stack([data.test[i][0] for i in range(16)])
     taken = measure_latency(models, {batch: [ids[:batch]] for batch in (1, 16)}, REPEATS)
@@ -74,41 +80,32 @@ def measure(models: Mapping[str, fx.GraphModule], data: Any) -> dict[str, dict[s
             "neurons": [axis.size for axis in dc.infer_axes(gm) if axis.kind == "neurons"],
             "ms": {str(batch): round(ms, 3) for batch, ms in taken[name].items()},
         }
-    report = models["learned"].meta["info"]["sparsify"]
-    rows["learned"]["learned_share"] = round(report["learned"], 4)
-    rows["learned"]["largest_difference_at_surgery"] = max(step["difference"] for step in report["surgeries"])
+    report = SparsifyReport.of(models["learned"])
+    rows["learned"]["learned_share"] = round(report.learned, 4)
+    rows["learned"]["largest_difference_at_surgery"] = max(step.difference for step in report.surgeries)
     return rows
 
 
 def summary(seeds: Mapping[str, Any]) -> dict[str, Any]:
     """Means over the seeds."""
-    table: dict[str, Any] = {"seeds": len(seeds)}
-    for name in ("dense", "learned", "pruned"):
-        table[name] = {
-            key: round(mean(rows[name][key] for rows in seeds.values()), 4)
-            for key in ("test_accuracy", "validation_accuracy", "macs")
-        }
-    return table
+    figures = ("test_accuracy", "validation_accuracy", "macs")
+    names = ("dense", "learned", "pruned")
+    return {"seeds": len(seeds)} | {name: means((rows[name] for rows in seeds.values()), *figures) for name in names}
 
 
 def main() -> None:
     """Measures what the results lack."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/bert_sparsity"))
-    asked = start(parser)
+    parser = BENCHMARK.parser()
+    parser.add_argument("--seeds", type=int, default=1 if QUICK else 3)
+    asked = BENCHMARK.start(parser)
     data = splits("sst2")
     setting = {"epochs": [FIRST, SPARSE, FINE], "lr": [LR, MORE_LR], "batch": BATCH, "macs": MACS, "precision": AMP}
-    found = read(RESULTS)
-    check_setting(found, setting, RESULTS)
-    seeds: dict[str, Any] = found.get("seeds", {})
-    for seed in range(asked.seeds):
-        if str(seed) in seeds:
-            continue
-        models = {name: gm.eval() for name, gm in make(seed, asked.out, data).items()}
-        seeds[str(seed)] = measure(models, data)
-        print(seed, json.dumps(seeds[str(seed)]), flush=True)
-        write(RESULTS, {**header("bert_sparsity.py"), "setting": setting, "summary": summary(seeds), "seeds": seeds})
+    seeds: dict[str, Any] = BENCHMARK.read(setting).get("seeds", {})
+    complete(
+        seeds,
+        {str(seed): partial(measure, seed, data) for seed in range(asked.seeds)},
+        lambda: BENCHMARK.write({"setting": setting, "summary": summary(seeds), "seeds": seeds}),
+    )
     print(json.dumps(summary(seeds), indent=1))
 
 

@@ -1,6 +1,6 @@
 """Captures, types and halves every model of the list, holds each to the masked oracle and puts the result to use.
 
-    python benchmarks/coverage.py [SOURCE:NAME ...]      writes benchmarks/coverage.json
+    python benchmarks/coverage.py [SOURCE:NAME ...] [--quick]      writes benchmarks/coverage.json
 
 A model passes when half of every prunable axis (branches aside) can be removed and the smaller model returns the
 right shapes, trains a step, comes back from its file the same, and runs as ONNX; `failed` names what does not work.
@@ -9,25 +9,28 @@ mask changes in the output. `branches` is the same for the removal of every othe
 """
 
 import json
-import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from model_list import MODELS, build
+from common import Benchmark
+from model_list import MODELS, NEEDS, build, gap, tensors
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import dyncompress as dc
 from dyncompress.passes.axes.axes import Axes
-from dyncompress.passes.graph.cost import count_macs
+from dyncompress.passes.graph.cost import count_macs, count_parameters
 from dyncompress.passes.graph.inputs import split_inputs
 from dyncompress.passes.graph.nodes import attribute
+
+BENCHMARK = Benchmark(
+    __file__, __doc__, needs=NEEDS, ours="{passed} of {of} models pass",
+)  # fmt: skip
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -57,11 +60,11 @@ def measure(name: str) -> dict[str, Any]:
         "capture_s": round(captured - begin, 3),
         "typing_s": round(typed - captured, 4),
         "shrink_s": round(shrunk - typed, 3),
-        "capture_error": _gap(full, ours),
+        "capture_error": gap(full, ours),
         "prunable": dict(Counter(axis.kind for axis in axes.prunable)),
         "prunable_share": round(_prunable_share(gm, axes), 3),
         "frozen": dict(Counter(axis.reason for axis in axes if _is_learned(gm, axis) and not axis.prunable)),
-        "parameters_left": round(_count(small) / _count(gm), 3),
+        "parameters_left": round(count_parameters(small) / count_parameters(gm), 3),
         "macs_left": round(count_macs(small) / count_macs(gm), 3),
         "untyped": sorted(set(axes.untyped.values())),
         **_oracle(gm, keep, args, kwargs),
@@ -74,10 +77,10 @@ def _failures(small: Any, full: Any, args: Any, kwargs: Any) -> dict[str, str]:
     def forward() -> None:
         with torch.no_grad():
             half = small(*args, **kwargs)
-        assert [a.shape for a in _tensors(full)] == [a.shape for a in _tensors(half)], "the output has another shape"
+        assert [a.shape for a in tensors(full)] == [a.shape for a in tensors(half)], "the output has another shape"
 
     def backward() -> None:
-        sum(x.sum() for x in _tensors(small(*args, **kwargs)) if x.is_floating_point()).backward()
+        torch.stack([x.sum() for x in tensors(small(*args, **kwargs)) if x.is_floating_point()]).sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in small.parameters()), "a gradient is not finite"
         assert any(p.grad is not None for p in small.parameters()), "no parameter has a gradient"
 
@@ -85,7 +88,7 @@ def _failures(small: Any, full: Any, args: Any, kwargs: Any) -> dict[str, str]:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             dc.save(small, f"{folder}/model.dyn.safetensors")
             again = dc.load(f"{folder}/model.dyn.safetensors")
-            assert _gap(small(*args, **kwargs), again(*args, **kwargs)) == 0, "the loaded model computes something else"
+            assert gap(small(*args, **kwargs), again(*args, **kwargs)) == 0, "the loaded model computes something else"
 
     def onnx() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -103,8 +106,7 @@ def _error_of(job: Callable[[], None]) -> str:
     try:
         job()
     except Exception as error:
-        if sys.argv[1:]:
-            traceback.print_exc()
+        traceback.print_exc()
         return f"{type(error).__name__}: {error}"[:300]
     return ""
 
@@ -116,7 +118,7 @@ def _is_learned(gm: Any, axis: dc.Axis) -> bool:
 def _prunable_share(gm: Any, axes: Axes) -> float:
     """The share of the parameters that some prunable axis (no branch) runs through."""
     names = {piece.tensor for axis in axes.prunable if axis.kind != "branch" for piece in axis.slices}
-    return sum(p.numel() for n, p in gm.named_parameters() if n in names) / _count(gm)
+    return sum(p.numel() for n, p in gm.named_parameters() if n in names) / count_parameters(gm)
 
 
 def _oracle(gm: Any, keep: dict[str, list[int]], args: Any, kwargs: Any) -> dict[str, Any]:
@@ -148,42 +150,30 @@ def _masked_gap(gm: Any, keep: dict[str, list[int]], args: Any, kwargs: Any) -> 
     with torch.no_grad():
         full = gm(*args, **kwargs)
         masked, small = dc.mask(gm, keep)(*args, **kwargs), dc.shrink(gm, keep, exact=True)(*args, **kwargs)
-    return _gap(masked, small) / max(_gap(full, masked), 1e-30)
+    return gap(masked, small) / max(gap(full, masked), 1e-30)
 
 
 def _double(leaf: Any) -> Any:
     return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    return (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
-
-
-def _gap(a: Any, b: Any) -> float:
-    return max(float((x - y).abs().max()) for x, y in zip(_tensors(a), _tensors(b), strict=True))
-
-
-def _count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def main() -> None:
     """Measures the models named on the command line, or all those of the list that the results lack."""
-    results = Path(__file__).with_suffix(".json")
-    rows = [] if sys.argv[1:] or not results.exists() else json.loads(results.read_text())["models"]
+    parser = BENCHMARK.parser()
+    parser.add_argument("models", nargs="*", help="SOURCE:NAME, measured without a trace; default: all of models.txt")
+    named = BENCHMARK.start(parser).models
+    rows = [] if named else BENCHMARK.read().get("models", [])
     done = {row["model"] for row in rows}
-    for name in [m for m in sys.argv[1:] or MODELS if m not in done]:
+    for name in [m for m in named or MODELS if m not in done]:
         try:
             row = measure(name)
         except Exception as error:
             row = {"model": name, "ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
-            if sys.argv[1:]:
-                traceback.print_exc()
+            traceback.print_exc()
         rows.append(row)
         print(json.dumps(row), flush=True)
-        if not sys.argv[1:]:
-            result = {"command": "python benchmarks/coverage.py", "torch": torch.__version__, "models": rows}
-            results.write_text(json.dumps(result, indent=1) + "\n")
+        if not named:
+            BENCHMARK.write({"passed": sum(row["ok"] for row in rows), "of": len(rows), "models": rows})
     print(f"{sum(r['ok'] for r in rows)} of {len(rows)} models pass", flush=True)
 
 

@@ -1,44 +1,64 @@
-"""The data sets of ../shared/data as Splits, for benchmarks; `available` says whether they are there.
+"""The data sets of ../shared/data as Splits, for benchmarks, and the embedded digits.
 
 Images come as uint8 arrays and are handed out in 0..1; where there is no calibration split, it is taken from train.
 """
 
 import importlib.util
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from common import DATA, QUICK
+from torch.utils.data import Dataset, Subset
 
 from dyncompress import RequestError, load_data
+from dyncompress.compress.training.batches import size_of
 from dyncompress.model_zoo.data.splits import divide
 from dyncompress.model_zoo.load_data import ArrayDataset, Splits
 from dyncompress.model_zoo.text.words import CLASS, PADDING, UNKNOWN, padded
 
-FOLDER = Path(__file__).parents[2] / "shared" / "data"
 TEXTS = {"wikitext2": "wikitext2", "sst2": "sst2", "clinc150": "clinc150", "banking77": "banking77"}
 TEXTS |= {"xquad": "xquad/xquad.en.json"}
+FEW = 256  # samples of a part, with --quick
 NAMES = ("fashion_mnist", "mnist", "cifar10", "ag_news", *TEXTS)
-
-
-def available() -> bool:
-    """Whether the data sets are there: what needs them is skipped where they are not."""
-    return (FOLDER / "load.py").is_file()
 
 
 def splits(name: str, length: int | None = None, seed: int = 0) -> Splits:
     """A data set by name; length: words of a sentence, window or context, None = what `text:DIR` takes.
 
-    Raises RequestError for a name that is not in NAMES, or where the data sets are not there.
+    With --quick it is `few` samples. Raises RequestError for an unknown name.
     """
+    found = _whole(name, length, seed)
+    return few(found) if QUICK else found
+
+
+def few(whole: Splits) -> Splits:
+    """The first samples of every part."""
+    train, calibration, test = (take(samples, FEW) for _, samples in whole.items())
+    return replace(whole, train=train, calibration=calibration, test=test)
+
+
+def present(names: Iterable[str]) -> list[str]:
+    """The names without the data sets that are not there."""
+    return [name for name in names if name not in NAMES or DATA.is_dir()]
+
+
+def take(samples: Dataset[Any], count: int) -> Dataset[Any]:
+    """The first of them, or all where they are fewer."""
+    return Subset(samples, range(min(count, size_of(samples, "benchmark's"))))
+
+
+def _whole(name: str, length: int | None, seed: int) -> Splits:
+    if name == "digits":
+        return load_data(name, seed)
     if name not in NAMES:
-        raise RequestError(f"there is no data set {name!r}: use one of {', '.join(NAMES)}")
-    if not available():
-        raise RequestError(f"the data sets of benchmarks are not in {FOLDER}: put them there, or leave this one out")
+        raise RequestError(f"there is no data set {name!r}: use digits, {', '.join(NAMES)}")
     if name in TEXTS:
         option = f"?length={length}" if length is not None else ""
-        return load_data(f"text:{FOLDER / TEXTS[name]}{option}", seed)
+        return load_data(f"text:{DATA / TEXTS[name]}{option}", seed)
     if name == "ag_news":
         return _ag_news(length, seed)
     x_train, y_train, x_test, y_test = _reader().cifar10() if name == "cifar10" else _reader().mnist(name)
@@ -53,7 +73,7 @@ def _images(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Array
 
 def _ag_news(length: int | None, seed: int) -> Splits:
     """Ids shifted by two: 0 is padding, 1 the file's own unknown word, 2 the class token in front."""
-    with np.load(FOLDER / "ag_news" / "ag_news.npz") as file:
+    with np.load(DATA / "ag_news" / "ag_news.npz") as file:
         vocabulary = (PADDING, UNKNOWN, CLASS, *file["vocab"][1:].tolist())
         class_names = tuple(file["classes"].tolist())
     parts = {}
@@ -68,7 +88,7 @@ def _ag_news(length: int | None, seed: int) -> Splits:
 
 def _reader() -> ModuleType:
     """The module that comes with the data sets."""
-    spec = importlib.util.spec_from_file_location("shared_load", FOLDER / "load.py")
+    spec = importlib.util.spec_from_file_location("shared_load", DATA / "load.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,6 +1,6 @@
 """Deadlines: how many calls of `predict(deadline_ms=...)` end in time, and how right their answers are.
 
-    python benchmarks/deadline.py [--names vgg-digits resnet-digits]                      writes deadline.json
+    python benchmarks/deadline.py [--names vgg-digits resnet-digits] [--quick]            writes deadline.json
 
 Three exits on the digits networks, and no thresholds: only the deadline lets samples leave. Deadlines are shares of the
 time of a call that nothing cuts short, and take turns. `in_time`: the share of the calls that end by the deadline;
@@ -8,24 +8,29 @@ time of a call that nothing cuts short, and take turns. `in_time`: the share of 
 the latest but one in a hundred calls ends, in milliseconds. One thread.
 """
 
-import argparse
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from common import header, write
+from common import QUICK, Benchmark
+from data import splits
 
 import dyncompress as dc
 from dyncompress.compress.evaluation.wall_clock import latency_inputs
 from dyncompress.compress.thresholds.call_costs import time_costs
-from dyncompress.model_zoo import Splits, load, load_data
+from dyncompress.compress.training.batches import size_of
+from dyncompress.model_zoo import Splits, load
 
-RESULTS = Path(__file__).with_suffix(".json")
-CALLS = {1: 1000, 16: 400}  # batch size -> how many
+BENCHMARK = Benchmark(
+    __file__, __doc__, within="networks/vgg-digits/1/deadlines/0.6",
+    ours="VGG at .6 of the full time, sample by sample: {in_time:.1%} in time, {within_a_stage:.1%} within a stage, "
+    "accuracy {accuracy:.1%}",
+)  # fmt: skip
+NAMES = ("resnet-digits",) if QUICK else ("vgg-digits", "resnet-digits")
+CALLS = {1: 20} if QUICK else {1: 1000, 16: 400}  # batch size -> how many
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.5)
-EXITS, EPOCHS, FOREVER = 3, 4, 1e6
+EXITS, EPOCHS, FOREVER = 3, 1 if QUICK else 4, 1e6
 
 
 def timed(model: dc.DynamicModel, inputs: Any, deadline_ms: float) -> tuple[float, Any]:
@@ -38,9 +43,8 @@ def timed(model: dc.DynamicModel, inputs: Any, deadline_ms: float) -> tuple[floa
 def measure(model: dc.DynamicModel, data: Splits, batch: int, calls: int) -> dict[str, Any]:
     """Every deadline at one batch size."""
     inputs = latency_inputs(data.test, {batch: calls})[batch]
-    labels = [
-        torch.tensor([data.test[(i * batch + j) % len(data.test)][1] for j in range(batch)]) for i in range(calls)
-    ]
+    count = size_of(data.test, "test")
+    labels = [torch.tensor([data.test[(i * batch + j) % count][1] for j in range(batch)]) for i in range(calls)]
     for x in inputs[:20]:
         timed(model, x, FOREVER)
     whole = median(timed(model, x, FOREVER)[0] for x in inputs[:100])
@@ -70,17 +74,16 @@ def measure(model: dc.DynamicModel, data: Splits, batch: int, calls: int) -> dic
 
 def main() -> None:
     """Converts, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--names", nargs="+", default=("vgg-digits", "resnet-digits"))
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    data, found = load_data("digits"), {}
+    parser = BENCHMARK.parser()
+    parser.add_argument("--names", nargs="+", default=NAMES)
+    asked = BENCHMARK.start(parser)
+    data, found = splits("digits"), {}
     for name in asked.names:
         made = dc.convert(load(name), exits=EXITS, data=data, epochs=EPOCHS, device="cpu", progress=False)
         model = made.with_policy(dc.ExitPolicy.never(EXITS))
         found[name] = {str(batch): measure(model, data, batch, calls) for batch, calls in CALLS.items()}
         print(name, found[name], flush=True)
-    write(RESULTS, {**header("deadline.py"), "networks": found})
+    BENCHMARK.write({"networks": found})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training recipes of early exits side by side: accuracy against mean MACs and against measured time.
 
-    python benchmarks/exits.py [--data fashion_mnist] [--net resnet20-cifar] [--seeds 1] [--recipes sum distill ...]
+    python benchmarks/exits.py [--data fashion_mnist] [--net resnet20-cifar] [--seeds 1] [--recipes sum ...] [--quick]
     python benchmarks/exits.py --data ag_news --net text-encoder
     python benchmarks/exits.py --net msdnet-cifar --recipes --joint sum                        all write exits.json
 
@@ -14,38 +14,43 @@ Times are shares of the static network's, one thread, both with batch norms fold
 or 256 test samples a call, whose own share of the MACs over that of the time is `realised`. `predict` takes 256 in
 blocks that fit the cache; `blocked` is the static network in such blocks. `by_latency`: thresholds for the same half
 point, but the least measured milliseconds at that batch size in place of the fewest MACs. `onnxruntime`: the exported
-files of the same models, its own thread one. What is measured is not measured again, what is trained stays in --out.
+files of the same models, its own thread one. What is measured is not measured again, what is trained stays in runs/.
 """
 
-import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import AMP, BATCH, FIRST, LR, SGD, check_setting, header, read, start, write
-from data import splits
+from common import AMP, BATCH, FIRST, LR, QUICK, SGD, Benchmark, complete, kept_in, trained
+from data import splits, take
 from exported import in_onnxruntime
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 import dyncompress as dc
 from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
+from dyncompress.compress.exits.convert_report import ConvertReport
 from dyncompress.compress.thresholds.candidates import Cached, collect_cached
 from dyncompress.compress.thresholds.choose_policy import choose_policy
 from dyncompress.compress.thresholds.thresholds import ThresholdSearch
-from dyncompress.compress.training.losses import cross_entropy
-from dyncompress.compress.training.trainer import fit
-from dyncompress.model_zoo import build
+from dyncompress.model_zoo import Splits, build
 from dyncompress.passes.graph.meta import inputs_of
 from dyncompress.runtime.predict.cache_blocks import blocks, largest_value_bytes
 
-RESULTS = Path(__file__).with_suffix(".json")
-EPOCHS, EXITS, TRUNK_LR, REPEATS = 2, 3, 0.01, 5
-CALLS = {1: 128, 16: 16, 256: 4}  # batch size -> how many batches
+BENCHMARK = Benchmark(
+    __file__, __doc__, data=True, within="networks",
+    published="half the cost at kept accuracy (Shallow-Deep Networks, Kaya et al., ICML 2019); AG News .945 -> .931 at "
+    "10.3 times fewer MACs (FastBERT, Liu et al., ACL 2020)",
+    ours="CIFAR-10 ResNet-20 {cifar10 resnet20-cifar/0/static/accuracy:.1%}, distilled on a frozen trunk "
+    "{cifar10 resnet20-cifar/0/distill/accuracy:.1%} at {cifar10 resnet20-cifar/0/distill/mean_macs:.2f} of the MACs; "
+    "AG News {ag_news text-encoder/0/static/accuracy:.1%}, by the sum of losses "
+    "{ag_news text-encoder/0/sum/accuracy:.1%} at {ag_news text-encoder/0/sum/mean_macs:.2f}",
+)  # fmt: skip
+EPOCHS, EXITS, TRUNK_LR, REPEATS = 1 if QUICK else 2, 3, 0.01, 1 if QUICK else 5
+CALLS = {1: 4} if QUICK else {1: 128, 16: 16, 256: 4}  # batch size -> how many batches
 TEXTS = {"ag_news": 3, "sst2": 5}  # epochs of a text encoder's first training
 LENGTH, SENTENCES, TEXT_LR, TEXT_BATCH = 64, 30_000, 1e-3, 64
 ANYTIME = {"exits": EXITS + 1, "base": 1, "step": 2}  # of an MSDNet
@@ -65,7 +70,7 @@ class LastAnswer(nn.Module):
         return self.anytime(x).logits
 
 
-def built(name: str, data: Any) -> nn.Module:
+def built(name: str, data: Splits) -> nn.Module:
     """A network for the data, with random weights."""
     if name == "text-encoder":
         return build(name, vocabulary=len(data.vocabulary), classes=data.classes)
@@ -74,50 +79,46 @@ def built(name: str, data: Any) -> nn.Module:
     return LastAnswer(net) if options else net
 
 
-def trained(name: str, source: str, seed: int, data: Any, out: Path) -> nn.Module:
-    """The static network of a seed, or what an interrupted training left of it."""
+def trained_first(name: str, source: str, seed: int, data: Splits, out: Path) -> nn.Module:
+    """The static network of a seed."""
     torch.manual_seed(seed)
-    net, run = built(name, data), out / "first"
     recipe: dict[str, Any] = {"epochs": FIRST, "lr": LR, "optimizer": SGD, "batch_size": BATCH}
     if source in TEXTS:
         recipe = {"epochs": TEXTS[source], "lr": TEXT_LR, "batch_size": TEXT_BATCH}
-    fit(
-        net, cross_entropy, data.train, seed=seed, mixed_precision=AMP, run_dir=run, resume=run.exists(), progress=True,
-        **recipe,
-    )  # fmt: skip
-    return net.eval()
+    return trained(built(name, data), data.train, out / "first", seed=seed, mixed_precision=AMP, **recipe)
 
 
-def converted(net: nn.Module, recipe: str, joint: bool, data: Any, seed: int, file: Path) -> dc.DynamicModel:
+def converted(net: nn.Module, recipe: str, joint: bool, data: Splits, seed: int, file: Path) -> dc.DynamicModel:
     """The network with the recipe's exits, from its file where there is one."""
-    if file.exists():
-        loaded = dc.load(file)
-        assert isinstance(loaded, dc.DynamicModel)
-        return loaded
-    own = isinstance(net, LastAnswer)
-    dynamic = dc.convert(
-        net.anytime if own else net, exits="own" if own else EXITS, data=data, recipe=recipe, epochs=EPOCHS,
+    given, exits = (net.anytime, "own") if isinstance(net, LastAnswer) else (net, EXITS)
+    make = partial(
+        dc.convert, given, exits=exits, data=data, recipe=recipe, epochs=EPOCHS,
         freeze_trunk=not joint, trunk_lr=TRUNK_LR, seed=seed, mixed_precision=AMP, device="cpu",
         head="cascade" if recipe == "ztw" else "auto",
     )  # fmt: skip
-    dc.save(dynamic, file)
-    return dynamic
+    return kept_in(file, make)
 
 
-def measure(net: nn.Module, dynamic: dc.DynamicModel, data: Any) -> dict[str, Any]:
+def row(net: nn.Module, data: Splits, seed: int, out: Path, name: str) -> dict[str, Any]:
+    """A recipe, `, joint` where the trunk is trained, too."""
+    recipe, _, joint = name.partition(", ")
+    file = out / f"{name.replace(', ', '-')}.dyn.safetensors"
+    return measure(net, converted(net, recipe, bool(joint), data, seed, file), data)
+
+
+def measure(net: nn.Module, dynamic: dc.DynamicModel, data: Splits) -> dict[str, Any]:
     """One recipe on one network."""
     tuning, test = (collect_cached(dynamic, part) for part in (data.calibration, data.test))
     policy, whole = dynamic.policy, dynamic.static_macs
     search = tuning.grid(policy)
     played = test.play(policy)
-    ece = [exit["ece_after"] for exit in dynamic.trunk.meta["info"]["convert"]["exits"]]
     return {
         "exits": [round(right, 4) for right in test.right.mean(1).tolist()],
         "accuracy": round(played.accuracy, 4),
         "mean_macs": round(played.mean_cost / whole, 4),
         "shares": [round(share, 4) for share in played.shares],
         "at_budget": {str(b): _at(search, test, policy, b, whole) for b in BUDGETS if b * whole > dynamic.exit_macs[0]},
-        "largest_ece": round(max(ece), 4),
+        "largest_ece": round(max(exit.ece_after for exit in ConvertReport.of(dynamic).exits), 4),
         "times": _times(net, dynamic, data, test),
     }
 
@@ -128,7 +129,7 @@ def _at(search: ThresholdSearch, test: Cached, policy: dc.ExitPolicy, budget: fl
     return {"accuracy": round(found.accuracy, 4), "mean_macs": round(found.mean_cost / whole, 4)}
 
 
-def _times(net: nn.Module, dynamic: dc.DynamicModel, data: Any, test: Cached) -> dict[str, Any]:
+def _times(net: nn.Module, dynamic: dc.DynamicModel, data: Splits, test: Cached) -> dict[str, Any]:
     """Wall clock of `predict` over that of the captured static network, by batch size."""
     fold = dc.FoldBatchNorm()
     example = torch.stack([data.train[i][0] for i in range(2)])
@@ -145,7 +146,9 @@ def _times(net: nn.Module, dynamic: dc.DynamicModel, data: Any, test: Cached) ->
         fastest = folded.with_policy(folded.policy)
         choose_policy(fastest, data.calibration, cost="latency", latency_batch=batch)
         inputs = latency_inputs(data.test, {batch: count})
-        models = {"static": static, "dynamic": folded.predict, "by_latency": fastest.predict, "blocked": blocked}
+        models: dict[str, Callable[..., Any]] = {
+            "static": static, "dynamic": folded.predict, "by_latency": fastest.predict, "blocked": blocked,
+        }  # fmt: skip
         taken = {name: by_batch[batch] for name, by_batch in measure_latency(models, inputs, REPEATS).items()}
         with TemporaryDirectory() as folder:
             files = in_onnxruntime({"static": static, "dynamic": fastest}, folder)
@@ -183,37 +186,31 @@ def _realised(macs: float, ours: float, static: float) -> dict[str, float]:
 
 def main() -> None:
     """Measures what the results lack."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BENCHMARK.parser()
     parser.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "cifar10", *TEXTS))
     parser.add_argument("--net", default="resnet20-cifar")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/exits"))
-    parser.add_argument("--recipes", nargs="*", default=FROZEN, choices=FROZEN, help="on a frozen trunk")
-    parser.add_argument("--joint", nargs="*", default=JOINT, choices=JOINT, help="together with the trunk")
-    asked = start(parser)
+    parser.add_argument(
+        "--recipes", nargs="*", default=FROZEN[:1] if QUICK else FROZEN, choices=FROZEN, help="on a frozen trunk"
+    )
+    parser.add_argument(
+        "--joint", nargs="*", default=() if QUICK else JOINT, choices=JOINT, help="together with the trunk"
+    )
+    asked = BENCHMARK.start(parser)
     data, key = splits(asked.data, LENGTH if asked.data in TEXTS else None), f"{asked.data} {asked.net}"
     if asked.data in TEXTS:
-        data = replace(data, train=Subset(data.train, range(min(SENTENCES, len(data.train)))))
+        data = replace(data, train=take(data.train, SENTENCES))
     setting = {"first": FIRST, "epochs": EPOCHS, "exits": EXITS, "trunk_lr": TRUNK_LR, "precision": AMP}
-    found = read(RESULTS)
-    check_setting(found, setting, RESULTS)
-    nets = found.get("networks", {})
-    recipes = [(recipe, recipe, False) for recipe in asked.recipes] + [
-        (f"{recipe}, joint", recipe, True) for recipe in asked.joint
-    ]
+    nets = BENCHMARK.read(setting).get("networks", {})
+    recipes = [*asked.recipes, *(f"{recipe}, joint" for recipe in asked.joint)]
     for seed in range(asked.seeds):
         rows = nets.setdefault(key, {}).setdefault(str(seed), {})
-        missing = [row for row in recipes if row[0] not in rows]
-        if not missing:
-            continue
-        out = asked.out / f"{asked.data}-{asked.net}-{seed}"
-        net = trained(asked.net, asked.data, seed, data, out)
-        rows.setdefault("static", {"accuracy": round(dc.evaluate(net, data.test, batch_size=250).accuracy, 4)})
-        for name, recipe, joint in missing:
-            file = out / f"{name.replace(', ', '-')}.dyn.safetensors"
-            rows[name] = measure(net, converted(net, recipe, joint, data, seed, file), data)
-            print(key, seed, name, json.dumps(rows[name]), flush=True)
-            write(RESULTS, {**header("exits.py"), "setting": setting, "networks": nets})
+        if not rows.keys() >= set(recipes):
+            out = BENCHMARK.runs / f"{asked.data}-{asked.net}-{seed}"
+            net = trained_first(asked.net, asked.data, seed, data, out)
+            rows.setdefault("static", {"accuracy": round(dc.evaluate(net, data.test, batch_size=250).accuracy, 4)})
+            save = partial(BENCHMARK.write, {"setting": setting, "networks": nets})
+            complete(rows, {name: partial(row, net, data, seed, out, name) for name in recipes}, save)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,33 @@
 """Draws exits.json as exits.png: accuracy against mean MACs of every recipe, the mean over the seeds that have it.
 
-python benchmarks/exits_plot.py
+python benchmarks/exits_plot.py [--quick]
 """
 
 import json
 import math
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from common import HERE, Benchmark
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).with_name("exits.json")
+BENCHMARK = Benchmark(__file__, __doc__)
 COLUMNS = 4
 
 
 def main() -> None:
     """A panel for each network."""
-    networks = json.loads(RESULTS.read_text())["networks"]
+    BENCHMARK.start()
+    networks = json.loads((HERE / "exits.json").read_text())["networks"]
     rows = math.ceil(len(networks) / COLUMNS)
     figure = Figure(figsize=(4.6 * COLUMNS, 4.2 * rows), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
     for (name, seeds), axes in zip(networks.items(), panels, strict=False):
         draw(axes, name, list(seeds.values()))
     for axes in panels:  # what is left
         axes.remove()
-    figure.savefig(RESULTS.with_suffix(".png"))
+    figure.savefig(BENCHMARK.folder / "exits.png")
 
 
 def draw(axes: Axes, name: str, seeds: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Exits that learn from k labelled samples of every class: plainly, distilled from blends, or meta-learned.
 
-    python benchmarks/few_shot.py [--names vgg-digits resnet-digits] [--seeds 3]      writes few_shot.json
+    python benchmarks/few_shot.py [--names vgg-digits resnet-digits] [--seeds 3] [--quick]   writes few_shot.json
 
 Three exits on a frozen trunk. A row's figures are of 600 test samples: the accuracy of every exit, and of the dynamic
 model at 0.6 of the static model's MACs with thresholds chosen on these samples, which judges the exits alone.
@@ -13,57 +13,58 @@ model at 0.6 of the static model's MACs with thresholds chosen on these samples,
 What the JSON has is not measured again.
 """
 
-import argparse
-import json
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import QUICK, Benchmark, complete
+from data import splits, take
 from torch import fx
-from torch.utils.data import Subset
+from torch.utils.data import Dataset
 
 import dyncompress as dc
-from dyncompress.compress.evaluation.evaluate import collect_logits
 from dyncompress.compress.exits.exit_losses import Weighted
 from dyncompress.compress.exits.meta_exits import Heads, Read
 from dyncompress.compress.exits.recipes import train_exits
 from dyncompress.compress.synthesis.few_samples import few_shot_training
+from dyncompress.compress.thresholds.candidates import collect_cached
 from dyncompress.compress.thresholds.thresholds import ThresholdSearch
 from dyncompress.compress.training.batches import examples_of
 from dyncompress.compress.training.trainer import fit
-from dyncompress.model_zoo import zoo as models
-from dyncompress.model_zoo.load_data import Splits
+from dyncompress.model_zoo import Splits, load
 from dyncompress.passes.exits.insert_exits import InsertExits
-from dyncompress.passes.exits.stages import split_stages
 
-NAMES, SHOTS = ("vgg-digits", "resnet-digits"), (1, 5, 20)
+BENCHMARK = Benchmark(
+    __file__, __doc__, within="mean",
+    ours="VGG, one sample a class, at .6 of the MACs: {vgg-digits, 1 shots, ce/at_0.6:.1%} plainly, "
+    "{vgg-digits, 1 shots, distill/at_0.6:.1%} distilled, {vgg-digits, 1 shots, meta/at_0.6:.1%} meta-learned",
+)  # fmt: skip
+NAMES, SHOTS = ("vgg-digits", "resnet-digits"), (1,) if QUICK else (1, 5, 20)
 RECIPES = {"ce": ("sum", 64), "ce, sgd": ("sum", 64), "distill": ("distill", 2), "meta": ("meta", 2)}
+if QUICK:
+    RECIPES = {"ce": ("sum", 1), "ce, sgd": ("sum", 1)}
 LR, BATCH, EXITS, TESTED, BUDGET = 1e-2, 128, 3, 600, 0.6
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
 
 
 def main() -> None:
     """Adds every row to the JSON as soon as it is known."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--seeds", type=int, default=3)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    target, data = Path(__file__).with_suffix(".json"), dc.load_data("digits")
-    runs: dict[str, Any] = json.loads(target.read_text())["runs"] if target.exists() else {}
-    graphs = {name: dc.capture(models.load(name), examples_of(data.train)) for name in given.names}
-    for seed in range(given.seeds):
-        for name, graph in graphs.items():
-            for shots in SHOTS:
-                for row in RECIPES:
-                    key = f"{name}, {shots} shots, {row}, seed {seed}"
-                    if key not in runs:
-                        runs[key] = measured(row, graph, data, shots, seed)
-                        print(key, json.dumps(runs[key]), flush=True)
-                        target.write_text(json.dumps({"mean": means(runs), "runs": runs}, indent=1) + "\n")
+    parser = BENCHMARK.parser()
+    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES[:1] if QUICK else NAMES)
+    parser.add_argument("--seeds", type=int, default=1 if QUICK else 3)
+    given = BENCHMARK.start(parser)
+    data, runs = splits("digits"), BENCHMARK.read().get("runs", {})
+    graphs = {name: dc.capture(load(name), examples_of(data.train)) for name in given.names}
+    measures = {
+        f"{name}, {shots} shots, {row}, seed {seed}": partial(measured, row, graph, data, shots, seed)
+        for seed in range(given.seeds)
+        for name, graph in graphs.items()
+        for shots in SHOTS
+        for row in RECIPES
+    }
+    complete(runs, measures, lambda: BENCHMARK.write({"mean": means(runs), "runs": runs}))
 
 
 def measured(row: str, graph: fx.GraphModule, data: Splits, shots: int, seed: int) -> dict[str, Any]:
@@ -73,14 +74,15 @@ def measured(row: str, graph: fx.GraphModule, data: Splits, shots: int, seed: in
     begin = time.process_time()
     train(row, dynamic, data, shots, seed)
     seconds = round(time.process_time() - begin, 1)
-    logits, labels = collect_logits(dynamic, Subset(data.test, range(TESTED)))
-    stages = split_stages(dynamic.trunk)
-    search = ThresholdSearch(logits, labels, [s.macs for s in stages], [s.head_macs for s in stages[:-1]])
-    return {
-        f"at_{BUDGET}": round(search.for_cost(BUDGET * dynamic.static_macs).accuracy, 4),
-        "exits": [round(float((z.argmax(-1) == labels).double().mean()), 4) for z in logits],
-        "seconds": seconds,
-    }
+    return {**judged(dynamic, take(data.test, TESTED)), "seconds": seconds}
+
+
+def judged(dynamic: dc.DynamicModel, test: Dataset[Any]) -> dict[str, Any]:
+    """Accuracy within the budget, thresholds chosen on the same samples at no temperature, and of every exit."""
+    cached = collect_cached(dynamic, test)
+    search = ThresholdSearch(cached.logits, cached.labels, cached.stage_costs, cached.head_costs)
+    found = search.for_cost(BUDGET * dynamic.static_macs).accuracy
+    return {f"at_{BUDGET}": round(found, 4), "exits": [round(right, 4) for right in cached.right.mean(1).tolist()]}
 
 
 def train(row: str, dynamic: dc.DynamicModel, data: Splits, shots: int, seed: int) -> None:

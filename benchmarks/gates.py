@@ -1,7 +1,7 @@
 """Skip gates on a residual network: the three kinds, random skipping, and a shallower network, at the same MACs.
 
     python benchmarks/gates.py [--data fashion_mnist] [--depth 20] [--macs 0.65] [--seed 0] [--rows gumbel ...]
-                                                                              writes benchmarks/gates.json
+                               [--quick]                                      writes benchmarks/gates.json
 
 A network is trained (`resnet_sparsity.py`), and then, for as many epochs each on the same share of the training images:
 
@@ -26,31 +26,56 @@ gate open over the static network's. What is measured is not measured again.
 
 import argparse
 import copy
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from common import AMP, BATCH, FIRST, LR, SGD, check_setting, header, read, start, write
-from data import splits
+from common import AMP, BATCH, FIRST, LR, QUICK, SGD, Benchmark, complete, trained
+from data import splits, take
 from torch import Tensor, fx, nn
-from torch.utils.data import Subset
 
 import dyncompress as dc
 from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
 from dyncompress.compress.gates.gate_losses import GateLoss
-from dyncompress.compress.gates.gate_training import Phase, train_gates
-from dyncompress.compress.training.losses import cross_entropy
-from dyncompress.compress.training.trainer import fit
+from dyncompress.compress.gates.gate_report import GateReport
+from dyncompress.compress.gates.gate_training import GatePhase, train_gates
+from dyncompress.compress.training.batches import in_order, size_of
 from dyncompress.model_zoo import build
 from dyncompress.passes.gates.read_gates import deciding
 from dyncompress.passes.graph.cost import count_macs
 
-RESULTS = Path(__file__).with_suffix(".json")
-EPOCHS, SHARE, GATE_LR, TRUNK_LR, MORE_LR = 10, 0.5, 5e-3, 0.2, 0.02
+BENCHMARK = Benchmark(
+    __file__, __doc__, data=True, within="networks/fashion_mnist resnet20 seed 0",
+    published="CIFAR-10: ResNet-38 92.75 % at 29.7 % fewer MACs, ResNet-110 93.30 % at 50.5 % fewer (SkipNet, "
+    "Wang et al., ECCV 2018); ResNet-110 93.2 -> 93.6 % with 16.9 of 54 blocks (BlockDrop, Wu et al., CVPR 2018)",
+    ours="Fashion-MNIST ResNet-20 at .65 of its MACs: {static/accuracy:.1%} whole, {gumbel/accuracy:.1%} gumbel, "
+    "{skipnet/accuracy:.1%} skipnet, {blockdrop/accuracy:.1%} blockdrop, {shallower/accuracy:.1%} shallower, "
+    "{random/accuracy:.1%} at random",
+)  # fmt: skip
+EPOCHS = 2 if QUICK else 10
+SHARE, GATE_LR, TRUNK_LR, MORE_LR = 0.5, 5e-3, 0.2, 0.02
 DISTILL = 0.5
 ONE_BRANCH = 0.02  # a network without whole branches may have this much more: three of nine gone are .655
-CALLS = {1: 200, 64: 12}
+CALLS = {1: 4} if QUICK else {1: 200, 64: 12}
 DRAWS = 3
+
+
+class How(NamedTuple):
+    """What `dc.gate` is asked for."""
+
+    kind: str
+    pretrain: bool = True
+    random_weights: bool = False
+    gate: str | None = None
+
+
+NAMES = {
+    "gumbel": How("gumbel"), "skipnet": How("skipnet"), "blockdrop": How("blockdrop"),
+    "no pretrain": How("skipnet", pretrain=False), "untrained": How("skipnet", random_weights=True),
+    "untrained no pretrain": How("skipnet", pretrain=False, random_weights=True),
+    "gumbel, one policy": How("gumbel", gate="policy"),
+}  # fmt: skip
 
 
 class Random(nn.Module):
@@ -64,45 +89,35 @@ class Random(nn.Module):
         return torch.bernoulli(torch.full_like(logit, self.rates[k]))
 
 
-class Bench:
+class Networks:
     """One seed's networks: each is trained once, and taken from its folder later."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        self.folder = asked.out / f"{asked.data}-{asked.depth}-{asked.seed}"
+        self.folder = BENCHMARK.runs / f"{asked.data}-{asked.depth}-{asked.seed}"
         self.whole, self.macs, self.depth, self.seed = splits(asked.data), asked.macs, asked.depth, asked.seed
-        self.train = Subset(self.whole.train, range(round(SHARE * len(self.whole.train))))
+        self.train = take(self.whole.train, round(SHARE * size_of(self.whole.train, "training")))
         self.options: dict[str, Any] = {"batch_size": BATCH, "seed": asked.seed, "mixed_precision": AMP}
 
-    def fitted(self, model: nn.Module, name: str, data: Any, epochs: int, lr: float, loss: Any = cross_entropy) -> None:
-        run = self.folder / name
-        fit(model, loss, data, epochs=epochs, lr=lr, optimizer=SGD, run_dir=run, resume=run.exists(), **self.options)
-
-    def first(self, trained: bool = True) -> fx.GraphModule:
+    def first(self, random_weights: bool = False) -> fx.GraphModule:
         torch.manual_seed(self.seed)
         image = self.whole.train[0][0][None]
-        net = build(f"resnet{self.depth}-cifar", channels=image.shape[1])
-        if trained:
-            self.fitted(net, "first", self.whole.train, FIRST, LR)
-        return dc.capture(net.eval(), image)
+        net = build(f"resnet{self.depth}-cifar", channels=image.shape[1]).eval()
+        if not random_weights:
+            options = {"epochs": FIRST, "lr": LR, "optimizer": SGD, **self.options}
+            trained(net, self.whole.train, self.folder / "first", **options)
+        return dc.capture(net, image)
 
     def static(self) -> fx.GraphModule:
-        gm = self.first()
-        self.fitted(gm, "static", self.train, EPOCHS, MORE_LR)
-        return gm.eval()
+        options = {"epochs": EPOCHS, "lr": MORE_LR, "optimizer": SGD, **self.options}
+        return trained(self.first(), self.train, self.folder / "static", **options)
 
-    def gated(
-        self, kind: str, pretrain: bool = True, trained: bool = True, gate: Literal["policy"] | None = None
-    ) -> dc.DynamicModel:
-        name = ("" if trained else "untrained-") + (kind if pretrain else "no-pretrain") + (f"-{gate}" if gate else "")
-        run = self.folder / name
-
-        class Data:
-            train, calibration = self.train, self.whole.calibration
-
+    def gated(self, how: How) -> dc.DynamicModel:
+        start, end = "untrained-" if how.random_weights else "", f"-{how.gate}" if how.gate else ""
+        run = self.folder / f"{start}{how.kind if how.pretrain else 'no-pretrain'}{end}"
         return dc.gate(
-            self.first(trained), data=Data(), kind=kind, macs=self.macs, pretrain=pretrain, gate=gate, epochs=EPOCHS,
-            lr=GATE_LR, trunk_lr=TRUNK_LR, distill=DISTILL if trained else 0.0, run_dir=run, resume=run.exists(),
-            **self.options,
+            self.first(how.random_weights), data=replace(self.whole, train=self.train), kind=how.kind, macs=self.macs,
+            pretrain=how.pretrain, gate=how.gate, epochs=EPOCHS, lr=GATE_LR, trunk_lr=TRUNK_LR,
+            distill=0.0 if how.random_weights else DISTILL, run_dir=run, resume=run.exists(), **self.options,
         )  # fmt: skip
 
     def every(self) -> dc.DynamicModel:
@@ -113,14 +128,14 @@ class Bench:
         """How often each branch runs: as learned by gumbel, or all alike at the budget."""
         every = self.every()
         if learned:
-            return open_rates(self.gated("gumbel"), every.gates)
+            return open_rates(self.gated(NAMES["gumbel"]), every.gates)
         skippable, whole = sum(every.branch_macs), count_macs(self.first())
         return [1 - (every.static_macs - self.macs * whole) / skippable] * len(every.branch_macs)
 
     def random(self, name: str) -> fx.GraphModule:
         first, run = self.first(), self.folder / name
         gm = dc.InsertGates()(first).gm
-        phase = Phase(Random(self.rates(name != "random")), GateLoss(DISTILL))
+        phase = GatePhase(Random(self.rates(name != "random")), GateLoss(DISTILL))
         options = {**self.options, "epochs": EPOCHS, "lr": GATE_LR, "optimizer": torch.optim.AdamW}
         options |= {"run_dir": run, "resume": run.exists()}
         train_gates(gm, phase, first, self.train, TRUNK_LR, options)
@@ -144,21 +159,23 @@ class Bench:
         model = self.model(name)
         found = dc.evaluate(model, self.whole.test)
         assert found.mean_macs is not None
-        row = {"accuracy": round(found.accuracy, 4), "macs": round(found.mean_macs / whole, 4)}
+        row: dict[str, Any] = {"accuracy": round(found.accuracy, 4), "macs": round(found.mean_macs / whole, 4)}
         if name in NAMES:
-            report = model.trunk.meta["info"]["gate"]
+            report = GateReport.of(model)
             row |= {"open": [round(rate, 3) for rate in open_rates(model, self.every().gates)]}
-            row |= {"settled": {how: len(branches) for how, branches in report["settled"].items()}}
-            row |= {"loss_by_epoch": [round(epoch["loss"], 4) for epoch in report["history"]]}
-            row |= {"by_hardness": [round(sum(rates) / len(rates), 3) for rates in report["by_hardness"]]}
+            row |= {"settled": {"always": len(report.settled.always), "never": len(report.settled.never)}}
+            row |= {"loss_by_epoch": [round(epoch.loss, 4) for epoch in report.history]}
+            row |= {"by_hardness": [round(sum(rates) / len(rates), 3) for rates in report.by_hardness]}
+        if name in NAMES or name == "shallower":
+            row |= self.times(model, row["macs"])
         return row
 
     def model(self, name: str) -> Any:
-        return self.gated(*NAMES[name]) if name in NAMES else self.shallower() if name == "shallower" else self.static()
+        return self.gated(NAMES[name]) if name in NAMES else self.shallower() if name == "shallower" else self.static()
 
-    def times(self, name: str, macs: float) -> dict[str, Any]:
+    def times(self, model: Any, macs: float) -> dict[str, Any]:
         """Per call, and the speed-up over what the MACs promise."""
-        static, model = self.first().eval(), self.model(name)
+        static = self.first().eval()
         gated = isinstance(model, dc.DynamicModel)
         runs = {"static": static, "this": model.predict if gated else model.eval()}
         runs |= {"open": opened(model).predict} if gated else {}
@@ -177,11 +194,9 @@ class Bench:
         right = count = 0
         torch.manual_seed(self.seed)
         for _ in range(DRAWS):
-            for begin in range(0, len(self.whole.test), 256):
-                batch = [self.whole.test[i] for i in range(begin, min(begin + 256, len(self.whole.test)))]
-                logits = run(torch.stack([x for x, _ in batch]))[0][-1]
-                right += int((logits.argmax(-1) == torch.tensor([y for _, y in batch])).sum())
-                count += len(batch)
+            for x, labels in in_order(self.whole.test, 256, torch.device("cpu")):
+                right += int((run(x)[0][-1].argmax(-1) == labels).sum())
+                count += len(labels)
         every, rates = self.every(), self.rates(name != "random")
         spent = every.static_macs - sum((1 - rate) * macs for rate, macs in zip(rates, every.branch_macs, strict=True))
         return {"accuracy": round(right / count, 4), "macs": round(spent / whole, 4)}
@@ -189,9 +204,9 @@ class Bench:
 
 def open_rates(gated: dc.DynamicModel, branches: list[str]) -> list[float]:
     """How often each branch runs on the calibration split, those included that have lost their gate."""
-    report = gated.trunk.meta["info"]["gate"]
-    found = dict(zip(report["branches"], report["open"], strict=True))
-    found |= dict.fromkeys(report["settled"]["always"], 1.0) | dict.fromkeys(report["settled"]["never"], 0.0)
+    report = GateReport.of(gated)
+    found = dict(zip(report.branches, report.open, strict=True))
+    found |= dict.fromkeys(report.settled.always, 1.0) | dict.fromkeys(report.settled.never, 0.0)
     return [found[branch] for branch in branches]
 
 
@@ -205,11 +220,6 @@ def opened(gated: dc.DynamicModel) -> dc.DynamicModel:
     return model
 
 
-NAMES = {
-    "gumbel": ("gumbel",), "skipnet": ("skipnet",), "blockdrop": ("blockdrop",), "no pretrain": ("skipnet", False),
-    "untrained": ("skipnet", True, False), "untrained no pretrain": ("skipnet", False, False),
-    "gumbel, one policy": ("gumbel", True, True, "policy"),
-}  # fmt: skip
 ROWS = (
     "static", "gumbel", "random", "random, learned rates", "skipnet", "untrained", "untrained no pretrain", "shallower",
     "gumbel, one policy", "blockdrop", "no pretrain",
@@ -218,30 +228,22 @@ ROWS = (
 
 def main() -> None:
     """Trains, measures, writes after every network."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BENCHMARK.parser()
     parser.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "cifar10"))
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--macs", type=float, default=0.65)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/gates"))
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
-    asked = start(parser)
+    parser.add_argument("--rows", nargs="+", default=("static", "gumbel", "random") if QUICK else ROWS, choices=ROWS)
+    asked = BENCHMARK.start(parser)
     setting = {
         "epochs": [FIRST, EPOCHS], "share_of_images": SHARE, "lr": [LR, GATE_LR, MORE_LR], "trunk_lr": TRUNK_LR,
         "batch": BATCH, "precision": AMP, "macs": asked.macs,
     }  # fmt: skip
-    result = read(RESULTS) or {**header(f"gates.py --macs {asked.macs}"), "setting": setting, "networks": {}}
-    check_setting(result, setting, RESULTS)
-    rows = result["networks"].setdefault(f"{asked.data} resnet{asked.depth} seed {asked.seed}", {})
-    bench = Bench(asked)
-    for name in asked.rows:
-        if name not in rows:
-            rows[name] = bench.row(name)
-            write(RESULTS, result)
-        if "ms" not in rows[name] and (name in NAMES or name == "shallower"):
-            rows[name] |= bench.times(name, rows[name]["macs"])
-            write(RESULTS, result)
-        print(name, rows[name], flush=True)
+    found = BENCHMARK.read(setting).get("networks", {})
+    rows = found.setdefault(f"{asked.data} resnet{asked.depth} seed {asked.seed}", {})
+    networks = Networks(asked)
+    save = partial(BENCHMARK.write, {"setting": setting, "networks": found}, f"--macs {asked.macs}")
+    complete(rows, {name: partial(networks.row, name) for name in asked.rows}, save)
 
 
 if __name__ == "__main__":

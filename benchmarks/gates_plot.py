@@ -1,17 +1,16 @@
 """Draws gates.json as gates.png: accuracies at their MACs, and SkipNet's loss with and without its supervised half.
 
-python benchmarks/gates_plot.py
+python benchmarks/gates_plot.py [--quick]
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
+from common import HERE, Benchmark
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).with_name("gates.json")
+BENCHMARK = Benchmark(__file__, __doc__)
 CURVES = {
     "skipnet": "supervised, then policy gradients",
     "no pretrain": "policy gradients alone",
@@ -22,15 +21,15 @@ CURVES = {
 
 def main() -> None:
     """One row of panels for each network that has all the ways of training."""
-    networks = json.loads(RESULTS.read_text())["networks"]
+    BENCHMARK.start()
+    networks = json.loads((HERE / "gates.json").read_text())["networks"]
     networks = {name: rows for name, rows in networks.items() if CURVES.keys() <= rows.keys()}
     figure = Figure(figsize=(10, 3.8 * len(networks)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(networks), 2, squeeze=False)
     for (name, rows), (left, right) in zip(networks.items(), panels, strict=True):
         draw_accuracy(left, name, rows)
         draw_losses(right, rows)
-    figure.savefig(RESULTS.with_suffix(".png"))
+    figure.savefig(BENCHMARK.folder / "gates.png")
 
 
 def draw_accuracy(axes: Axes, name: str, rows: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """How long the work on graphs takes, without any training: capture, plan, exits, gates, stages, and what they serve.
 
-    python benchmarks/graph_time.py [MODEL ...] [--rounds N] [--beside DIR]      writes benchmarks/graph_time.json
+    python benchmarks/graph_time.py [MODEL ...] [--rounds N] [--beside DIR] [--quick]      writes graph_time.json
 
     capture    the captured graph                       axes      infer_axes, and a plan that halves the widest axis
     exits      InsertExits(3)                           stages    DynamicModel of it: typed, cut, made ready to run
@@ -12,7 +12,6 @@ take turns within each round in one process, and `ratio` is this one's median ov
 processor time on one thread, which others on the machine hardly lengthen.
 """
 
-import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -24,13 +23,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from common import header, read, write
+from common import QUICK, Benchmark
 
 import dyncompress
 from dyncompress.model_zoo.zoo import find
 
-MODELS = ("resnet-digits", "vgg-digits", "vit-digits", "resnet110-cifar")
-RESULT = Path(__file__).with_suffix(".json")
+BENCHMARK = Benchmark(
+    __file__, __doc__, within="resnet110-cifar",
+    ours="ResNet-110: {capture/ms:.0f} ms to capture, {exits/ms:.0f} to insert three exits, {stages/ms:.0f} to make ready",
+)  # fmt: skip
+MODELS = ("resnet-digits",) if QUICK else ("resnet-digits", "vgg-digits", "vit-digits", "resnet110-cifar")
 
 
 def beside(root: Path) -> ModuleType:
@@ -92,18 +94,18 @@ def milliseconds(trees: list[ModuleType], name: str, rounds: int) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measures the models again, whatever the results hold."""
+    parser = BENCHMARK.parser()
     parser.add_argument("models", nargs="*", default=MODELS)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=1 if QUICK else 9)
     parser.add_argument("--beside", type=Path)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
+    asked = BENCHMARK.start(parser)
     trees = [dyncompress, *([beside(asked.beside)] if asked.beside else [])]
-    result = read(RESULT) | header("graph_time.py" + " --beside DIR" * (len(trees) - 1)) | {"rounds": asked.rounds}
+    result = BENCHMARK.read() | {"rounds": asked.rounds}
     for name in asked.models:
         result[name] = milliseconds(trees, name, asked.rounds)
         print(name, result[name], flush=True)
-    write(RESULT, result)
+    BENCHMARK.write(result, "--beside DIR" * (len(trees) - 1))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,32 @@
 """Captures, types and halves a 7-billion-parameter Llama configuration on the meta device: seconds and peak memory.
 
-python benchmarks/llama_7b.py      writes benchmarks/llama_7b.json
+python benchmarks/llama_7b.py [--quick]      writes benchmarks/llama_7b.json
 """
 
 import json
 import resource
-import sys
 import time
-import types
-from pathlib import Path
 
 import torch
+from common import QUICK, Benchmark
 
 import dyncompress as dc
+
+BENCHMARK = Benchmark(
+    __file__, __doc__, needs=("transformers",),
+    ours="{parameters:,} parameters: {capture_s:.1f} s to capture, {typing_s:.2f} to type, {shrink_s:.1f} to shrink, "
+    "{peak_memory_gb:.1f} GB",
+)  # fmt: skip
+LAYERS = 2 if QUICK else 32
 
 
 def main() -> None:
     """Measures once, in this process."""
-    # A CPU-only torch cannot load torchvision's compiled operators, which transformers imports where it is installed.
-    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
+    BENCHMARK.start()
     import transformers
 
     config = transformers.LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=LAYERS, num_attention_heads=32, vocab_size=32000,
         use_cache=False,
     )  # fmt: skip
     with torch.device("meta"):
@@ -33,12 +37,9 @@ def main() -> None:
     captured = time.perf_counter()
     axes = dc.infer_axes(gm)
     typed = time.perf_counter()
-    small = dc.shrink(gm, {axis.name: range(0, axis.size, 2) for axis in axes.prunable})
+    small = dc.shrink(gm, {axis.name: list(range(0, axis.size, 2)) for axis in axes.prunable})
     shrunk = time.perf_counter()
     result = {
-        "command": "python benchmarks/llama_7b.py",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "parameters": sum(p.numel() for p in gm.parameters()),
         "capture_s": round(captured - begin, 2),
         "typing_s": round(typed - captured, 3),
@@ -48,9 +49,8 @@ def main() -> None:
         "parameters_after_halving_every_axis": sum(p.numel() for p in small.parameters()),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    Path(__file__).with_suffix(".json").write_text(text + "\n")
+    print(json.dumps(result, indent=1))
+    BENCHMARK.write(result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Intrinsic sparse structures of an LSTM language model on WikiText-2 (Wen et al., ICLR 2018).
 
-    python benchmarks/lstm_sparsity.py [--macs 0.35] [--words 0.5] [--out FOLDER]   writes benchmarks/lstm_sparsity.json
+    python benchmarks/lstm_sparsity.py [--macs 0.35] [--words 0.5] [--quick]        writes lstm_sparsity.json
 
     dense       trained, then trained on for as long as the others
     learned     the same trained network, sparsified to a share of its multiply-adds, for as many epochs
@@ -19,29 +19,33 @@ resume.
 
 import argparse
 import json
-import time
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from common import read, write
-from data import FOLDER, available
+from common import AMP, DATA, QUICK, Benchmark, trained
+from data import few, take
 from torch import fx, nn
-from torch.utils.data import Subset
 
 import dyncompress as dc
+from dyncompress.compress.evaluation.wall_clock import measure_latency
 from dyncompress.compress.sparsity.retrain import reinit
-from dyncompress.compress.training.losses import cross_entropy
-from dyncompress.compress.training.trainer import fit
-from dyncompress.model_zoo import build
+from dyncompress.compress.sparsity.sparsify_report import SparsifyReport
+from dyncompress.compress.training.batches import size_of
+from dyncompress.model_zoo import Splits, build
 from dyncompress.passes.graph.copying import deep_copy
 from dyncompress.passes.graph.cost import count_macs, count_parameters
 
-HIDDEN, DROPOUT, SMALL_DROPOUT, LR, BATCH, LENGTH = 512, 0.5, 0.3, 2e-3, 64, 35
-FIRST, SPARSE, FINE = 10, 5, 5
+BENCHMARK = Benchmark(
+    __file__, __doc__, data=True, within="512 hidden, 0.5 of the words/models",
+    published="two layers of 1,500 become 373 and 315, 10.59 times as fast at the same perplexity on Penn Treebank",
+    ours="two of 512 become {learned/hidden/0} and {learned/hidden/1}, {learned/speed_up/1:.1f} times as fast; "
+    "perplexity {dense/test_perplexity:.1f} dense, {learned/test_perplexity:.1f} learned, "
+    "{scratch/test_perplexity:.1f} from scratch",
+)  # fmt: skip
+HIDDEN, DROPOUT, SMALL_DROPOUT, LR, BATCH, LENGTH = 32 if QUICK else 512, 0.5, 0.3, 2e-3, 64, 35
+FIRST, SPARSE, FINE = (1, 1, 1) if QUICK else (10, 5, 5)
 WHOLE = ("embedding",)
-RESULTS = Path(__file__).with_suffix(".json")
+REPEATS = 1 if QUICK else 40  # of every timed call
 
 
 def perplexity(model: nn.Module, data: Any) -> float:
@@ -51,54 +55,29 @@ def perplexity(model: nn.Module, data: Any) -> float:
     return round(result.perplexity, 3)
 
 
-def timed(models: dict[str, fx.GraphModule], batch: int, words: int, rounds: int = 40) -> dict[str, float]:
-    """Median milliseconds per call, the models taking turns."""
-    ids = torch.randint(0, words, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
-        for number in range(rounds + 3):
-            for name, model in models.items():
-                begin = time.perf_counter()
-                model(ids)
-                if number >= 3:
-                    taken[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: round(median(ms), 3) for name, ms in taken.items()}
-
-
-def widths(gm: fx.GraphModule) -> list[int]:
-    """The hidden widths of the LSTM's layers."""
-    return [axis.size for axis in dc.infer_axes(gm) if axis.kind == "hidden states"]
-
-
-def make(asked: argparse.Namespace, splits: Any) -> dict[str, fx.GraphModule]:
+def make(asked: argparse.Namespace, splits: Splits) -> dict[str, fx.GraphModule]:
     """The four models, each trained or taken from where an interrupted run left it."""
-    amp = "bf16" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
-    data = Subset(splits.train, range(round(asked.words * len(splits.train))))
-    options: dict[str, Any] = {"batch_size": BATCH, "seed": asked.seed, "mixed_precision": amp, "progress": True}
+    data = take(splits.train, round(asked.words * size_of(splits.train, "training")))
+    options: dict[str, Any] = {"batch_size": BATCH, "seed": asked.seed, "mixed_precision": AMP}
 
     def train(gm: fx.GraphModule, name: str, epochs: int, lr: float = LR) -> fx.GraphModule:
-        run = asked.out / name
-        fit(gm, cross_entropy, data, epochs=epochs, lr=lr, run_dir=run, resume=run.exists(), **options)
-        return gm
+        done = trained(gm, data, BENCHMARK.runs / name, epochs=epochs, lr=lr, **options)
+        print(name, perplexity(done, splits.calibration), flush=True)
+        return done
 
     torch.manual_seed(asked.seed)
     words = len(splits.vocabulary)
     net = build("lstm-lm", vocabulary=words, width=HIDDEN, hidden=HIDDEN, dropout=DROPOUT)
     first = train(dc.capture(net, torch.zeros(2, LENGTH, dtype=torch.int64)), "first", FIRST)
-    report("first", {"validation": perplexity(first, splits.calibration)})
     more, half = SPARSE + FINE, LR / 2
     dense = train(deep_copy(first), "dense", more, half)
-    report("dense", {"validation": perplexity(dense, splits.calibration)})
-    start, run = with_dropout(first, SMALL_DROPOUT), asked.out / "learned"
+    start, run = with_dropout(first, SMALL_DROPOUT), BENCHMARK.runs / "learned"
     learned = dc.sparsify(
         start, data, macs=asked.macs, epochs=SPARSE, finetune=FINE, shrink_every=1, lr=half, ignore=WHOLE, run_dir=run,
         resume=run.exists(), **options,
     )  # fmt: skip
-    report("learned", {"validation": perplexity(learned, splits.calibration), "hidden": widths(learned)})
     scratch = train(reinit(learned), "scratch", FIRST + more)
-    report("scratch", {"validation": perplexity(scratch, splits.calibration)})
     pruned = train(dc.prune(start, macs=asked.macs, ignore=WHOLE), "pruned", more, half)
-    report("pruned", {"validation": perplexity(pruned, splits.calibration)})
     return {"dense": dense, "learned": learned, "pruned": pruned, "scratch": scratch}
 
 
@@ -113,53 +92,40 @@ def with_dropout(gm: fx.GraphModule, p: float) -> fx.GraphModule:
     return copied
 
 
-def report(name: str, found: dict[str, Any]) -> None:
-    """One line per model as soon as it is there."""
-    print(name, json.dumps(found), flush=True)
-
-
 def main() -> None:
     """Trains, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BENCHMARK.parser()
     parser.add_argument("--macs", type=float, default=0.35)
     parser.add_argument("--words", type=float, default=0.5, help="the share of the training words")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("runs/lstm_sparsity"))
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    if not available():
-        raise SystemExit(f"WikiText-2 is not in {FOLDER}")
-    splits = dc.load_data(f"text:{FOLDER / 'wikitext2'}?length={LENGTH}&min_count=60")
+    asked = BENCHMARK.start(parser)
+    whole = dc.load_data(f"text:{DATA / 'wikitext2'}?length={LENGTH}&min_count=60")
+    splits = few(whole) if QUICK else whole
     models = {name: gm.eval() for name, gm in make(asked, splits).items()}
-    whole, rows = count_macs(models["dense"]), {}
-    speed = {batch: timed(models, batch, len(splits.vocabulary)) for batch in (1, 16)}
+    macs, rows = count_macs(models["dense"]), {}
+    ids = torch.randint(0, len(splits.vocabulary), (16, LENGTH), generator=torch.Generator().manual_seed(0))
+    speed = measure_latency(models, {batch: [ids[:batch]] for batch in (1, 16)}, REPEATS)
     for name, gm in models.items():
         rows[name] = {
-            "hidden": widths(gm),
-            "macs": round(count_macs(gm) / whole, 4),
+            "hidden": [axis.size for axis in dc.infer_axes(gm) if axis.kind == "hidden states"],
+            "macs": round(count_macs(gm) / macs, 4),
             "parameters": count_parameters(gm),
             "validation_perplexity": perplexity(gm, splits.calibration),
             "test_perplexity": perplexity(gm, splits.test),
-            "ms": {str(batch): speed[batch][name] for batch in speed},
-            "speed_up": {str(b): round(speed[b]["dense"] / speed[b][name], 2) for b in speed},
+            "ms": {str(batch): round(ms, 3) for batch, ms in speed[name].items()},
+            "speed_up": {str(batch): round(speed["dense"][batch] / ms, 2) for batch, ms in speed[name].items()},
         }
         print(name, json.dumps(rows[name]), flush=True)
-    learned = models["learned"].meta["info"]["sparsify"]
     setting = {
         "vocabulary": len(splits.vocabulary), "hidden": HIDDEN, "dropout": [DROPOUT, SMALL_DROPOUT], "lr": LR,
         "batch": BATCH, "length": LENGTH, "seed": asked.seed,
         "epochs": {"first": FIRST, "sparsifying": SPARSE, "fine-tuning": FINE},
-        "share_of_words": asked.words, "kept_whole": list(WHOLE),
+        "share_of_words": asked.words, "macs": asked.macs, "kept_whole": list(WHOLE),
     }  # fmt: skip
-    result = {
-        "command": f"python benchmarks/lstm_sparsity.py --macs {asked.macs} --words {asked.words}",
-        "machine": f"{asked.threads} thread(s), CPU, torch {torch.__version__}",
-        "setting": setting,
-        "learned_share": learned["learned"],
-        "models": rows,
-    }
-    write(RESULTS, {**read(RESULTS), f"{HIDDEN} hidden, {asked.words:g} of the words": result})
+    result = {"setting": setting, "learned_share": SparsifyReport.of(models["learned"]).learned, "models": rows}
+    name = f"{HIDDEN} hidden, {asked.words:g} of the words"
+    BENCHMARK.write({**BENCHMARK.read(), name: result}, f"--macs {asked.macs} --words {asked.words}")
 
 
 if __name__ == "__main__":

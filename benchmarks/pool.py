@@ -1,20 +1,20 @@
 """`predict_stream` against `predict` on small batches: vgg-digits, of whose samples half leave at each of three exits.
 
-python benchmarks/pool.py [--samples 512] [--rounds 5]      writes benchmarks/pool.json
+python benchmarks/pool.py [--samples 512] [--rounds 5] [--quick]      writes benchmarks/pool.json
 
 Both answer the same batches in the same order, in turns; a ratio is the median over the rounds of predict's seconds
 over those of the stream in the same round. The heads are not trained: thresholds are the medians of their scores.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from common import QUICK, Benchmark
+from data import splits
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,31 +22,35 @@ import dyncompress as dc
 from dyncompress.model_zoo import zoo as models
 from dyncompress.runtime.predict.policy import max_softmax
 
+BENCHMARK = Benchmark(
+    __file__, __doc__,
+    ours="{by_batch/1/speed_up:.2f} times as fast one sample at a time, {by_batch/4/speed_up:.2f} by fours, "
+    "{by_batch/16/speed_up:.2f} by sixteens, at {macs_ratio:.2f} of the MACs",
+)  # fmt: skip
+SAMPLES, ROUNDS, SIZES = (32, 1, (4,)) if QUICK else (512, 5, (1, 4, 16))
+
 
 def main() -> None:
     """Measures every batch size and writes the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    data = dc.load_data("digits").test
+    parser = BENCHMARK.parser()
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = BENCHMARK.start(parser)
+    data = splits("digits").test
     x = torch.stack([data[i][0] for i in range(options.samples)])
     dyn = half_leave(x)
     found = dyn.predict(x)
     result: dict[str, Any] = {
-        "command": f"python benchmarks/pool.py --samples {options.samples} --rounds {options.rounds}",
-        "machine": f"{torch.get_num_threads()} thread, CPU, torch {torch.__version__}",
         "samples": options.samples,
         "rounds": options.rounds,
         "shares": [round(float((found.exit_index == k).double().mean()), 3) for k in range(len(dyn.exits) + 1)],
         "macs_ratio": round(float(found.macs.double().mean()) / dyn.static_macs, 3),
         "by_batch": {},
     }
-    for size in tqdm((1, 4, 16), desc="batch sizes"):
+    for size in tqdm(SIZES, desc="batch sizes"):
         result["by_batch"][size] = compare(dyn, x.split(size), options.rounds)
     print(json.dumps(result, indent=1))
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    BENCHMARK.write(result, f"--samples {options.samples} --rounds {options.rounds}")
 
 
 def half_leave(x: Tensor) -> dc.DynamicModel:

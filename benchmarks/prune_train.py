@@ -1,6 +1,6 @@
 """Shrinking while training against dense training: total time and accuracy (PruneTrain, Lym et al., SC 2019).
 
-    python benchmarks/prune_train.py [--data fashion_mnist] [--depth 20] [--seeds 2]   writes prune_train.json
+    python benchmarks/prune_train.py [--data fashion_mnist] [--depth 20] [--seeds 2] [--quick]   writes prune_train.json
 
 Both start at the same random weights and train for as many epochs, on the same batches with the same schedule:
 
@@ -14,28 +14,34 @@ Seconds are those of the whole training on one thread, surgeries and the choice 
 (the machine may be shared) and of the clock; the two take turns in going first.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
 import torch
-from common import AMP, BATCH, LR, SGD, check_setting, header, read, start, write
+from common import AMP, BATCH, LR, QUICK, SGD, Benchmark, channels_last, complete
 from data import splits
 from torch import fx
 
 import dyncompress as dc
+from dyncompress.compress.evaluation.reports import to_json
+from dyncompress.compress.sparsity.sparsify_report import SparsifyReport
 from dyncompress.compress.training.losses import cross_entropy
 from dyncompress.compress.training.trainer import fit
-from dyncompress.model_zoo import build
+from dyncompress.model_zoo import Splits, build
 from dyncompress.passes.graph.copying import deep_copy
 from dyncompress.passes.graph.cost import count_macs, count_parameters
 
-RESULTS = Path(__file__).with_suffix(".json")
-EPOCHS, LEARNING, MACS, FLOOR, ROUND_TO = 10, 3, 0.25, 0.1, 8
+BENCHMARK = Benchmark(
+    __file__, __doc__, data=True, within="summary",
+    published="39 % less training time, ResNet-50 on ImageNet (PruneTrain)",
+    ours="{time_ratio/clock_s:.2f} of the training time, accuracy {accuracy/dense:.1%} -> {accuracy/shrinking:.1%}",
+)  # fmt: skip
+EPOCHS, LEARNING = (2, 1) if QUICK else (10, 3)
+MACS, FLOOR, ROUND_TO = 0.25, 0.1, 8
 
 
 def trained(train: Callable[[], fx.GraphModule], test: Any, whole: int) -> dict[str, Any]:
@@ -45,18 +51,17 @@ def trained(train: Callable[[], fx.GraphModule], test: Any, whole: int) -> dict[
     seconds = {"cpu_s": round(time.process_time() - cpu, 1), "clock_s": round(time.perf_counter() - clock, 1)}
     row = {**seconds, "accuracy": round(dc.evaluate(gm.eval(), test, batch_size=250).accuracy, 4)}
     row |= {"macs": round(count_macs(gm) / whole, 4), "parameters": count_parameters(gm)}
-    report = gm.meta.get("info", {}).get("sparsify")
-    if report is not None:
-        row["surgeries"] = report["surgeries"]
+    if SparsifyReport.is_in(gm):
+        row["surgeries"] = to_json(SparsifyReport.of(gm).surgeries)
     return row
 
 
-def measure(data: Any, depth: int, seed: int) -> dict[str, Any]:
+def measure(data: Splits, depth: int, seed: int) -> dict[str, Any]:
     """Both ways, from the same weights."""
     torch.manual_seed(seed)
     example = data.train[0][0][None]
     net = build(f"resnet{depth}-cifar", channels=example.shape[1])
-    start = dc.capture(net, example).to(memory_format=torch.channels_last)
+    start = channels_last(dc.capture(net, example))
     options: dict[str, Any] = {
         "lr": LR, "batch_size": BATCH, "seed": seed, "optimizer": SGD, "mixed_precision": AMP, "progress": True,
     }  # fmt: skip
@@ -90,23 +95,21 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measures what the results lack."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BENCHMARK.parser()
     parser.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "cifar10"))
     parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=2)
-    asked = start(parser)
+    parser.add_argument("--seeds", type=int, default=1 if QUICK else 2)
+    asked = BENCHMARK.start(parser)
     setting = {
         "data": asked.data, "depth": asked.depth, "epochs": EPOCHS, "learning": LEARNING, "macs": MACS, "lr": LR,
         "batch": BATCH, "precision": AMP, "round_to": ROUND_TO, "channels_last": True,
     }  # fmt: skip
-    found = read(RESULTS)
-    check_setting(found, setting, RESULTS)
-    data, seeds = splits(asked.data), found.get("seeds", {})
-    for seed in range(asked.seeds):
-        if str(seed) not in seeds:
-            seeds[str(seed)] = measure(data, asked.depth, seed)
-            print(seed, json.dumps(seeds[str(seed)]), flush=True)
-            write(RESULTS, {**header("prune_train.py"), "setting": setting, "summary": summary(seeds), "seeds": seeds})
+    data, seeds = splits(asked.data), BENCHMARK.read(setting).get("seeds", {})
+    complete(
+        seeds,
+        {str(seed): partial(measure, data, asked.depth, seed) for seed in range(asked.seeds)},
+        lambda: BENCHMARK.write({"setting": setting, "summary": summary(seeds), "seeds": seeds}),
+    )
     print(json.dumps(summary(seeds), indent=1))
 
 

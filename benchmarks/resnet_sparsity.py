@@ -1,8 +1,8 @@
 """Learned structure of residual networks, beside Torch-Pruning's group-norm pruner: same network, MACs and epochs.
 
     pip install --no-deps torch-pruning==1.6.1
-    python benchmarks/resnet_sparsity.py [--data fashion_mnist] [--depth 20] [--seeds 3] [--out FOLDER]
-                                                                       writes benchmarks/resnet_sparsity.json
+    python benchmarks/resnet_sparsity.py [--data fashion_mnist] [--depth 20] [--seeds 3]
+                                         [--quick]                     writes benchmarks/resnet_sparsity.json
 
 A network is trained, and then, for as many epochs each, with the same batches, optimiser and schedule:
 
@@ -23,34 +23,39 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from statistics import mean
+from functools import partial
 from typing import Any
 
 import torch
-from common import AMP, BATCH, FIRST, LR, SGD, check_setting, largest_within, macs_of, read, start, write
+from common import AMP, BATCH, FIRST, LR, QUICK, SGD, Benchmark, check_setting, complete, largest_within, macs_of, means
 from data import splits
 from torch import fx, nn
-from vs_torch_pruning import header
 
 import dyncompress as dc
+from dyncompress.compress.sparsity.sparsify_report import SparsifyReport
 from dyncompress.compress.training.losses import Distilled, cross_entropy
 from dyncompress.compress.training.trainer import fit
 from dyncompress.model_zoo import build
 from dyncompress.passes.axes.axis_kinds import BRANCH
+from dyncompress.passes.graph.cost import count_parameters
 
-RESULTS = Path(__file__).with_suffix(".json")
-SPARSE, FINE, MORE_LR = 3, 2, 0.05
+BENCHMARK = Benchmark(
+    __file__, __doc__, data=True, needs=("torch_pruning",), within="networks/fashion_mnist resnet20/summary",
+    published="CIFAR-10 ResNet-20 with two layers fewer 91.25 -> 92.60 % (SSL, Wen et al., NeurIPS 2016)",
+    ours="Fashion-MNIST ResNet-20: {dense/accuracy:.1%} dense; {channels/accuracy:.1%} with {channels/macs:.2f} of the "
+    "MACs in channels, Torch-Pruning {group norm/accuracy:.1%}; {layers/accuracy:.1%} with {layers/macs:.2f} in layers",
+)  # fmt: skip
+SPARSE, FINE, MORE_LR = 1 if QUICK else 3, 1 if QUICK else 2, 0.05
 CHANNELS, LAYERS, REG, DISTILL = 0.5, 0.8, 5e-4, 0.5
 
 
-class Bench:
+class Networks:
     """One seed's networks: each is trained once, and taken from its folder later."""
 
     def __init__(self, asked: argparse.Namespace, seed: int) -> None:
-        self.folder = asked.out / f"{asked.data}-{asked.depth}-{seed}"
+        self.folder = BENCHMARK.runs / f"{asked.data}-{asked.depth}-{seed}"
         self.data, self.depth, self.seed = splits(asked.data), asked.depth, seed
-        self.options: dict[str, Any] = {"batch_size": BATCH, "seed": seed, "mixed_precision": AMP, "progress": True}
+        self.options: dict[str, Any] = {"batch_size": BATCH, "seed": seed, "mixed_precision": AMP}
         self.example = self.data.train[0][0][None]
 
     def train(
@@ -119,35 +124,37 @@ class Bench:
         return self.train(small, f"group-norm{end}", FINE, MORE_LR, distill=distill)
 
 
-def measure(bench: Bench, rows: dict[str, Any], save: Callable[[], None]) -> None:
+def measure(nets: Networks, rows: dict[str, Any], save: Callable[[], None]) -> None:
     """What the rows of this seed lack."""
     makers: dict[str, Callable[[], nn.Module]] = {
-        "first": bench.first,
-        "dense": bench.dense,
-        "channels": bench.channels,
-        "group norm": lambda: bench.group_norm(round(rows["channels"]["macs"] * whole)),
-        "layers": bench.layers,
-        "channels, distilled": lambda: bench.channels(DISTILL),
-        "group norm, distilled": lambda: bench.group_norm(round(rows["channels, distilled"]["macs"] * whole), DISTILL),
+        "first": nets.first,
+        "dense": nets.dense,
+        "channels": nets.channels,
+        "group norm": lambda: nets.group_norm(round(rows["channels"]["macs"] * whole)),
+        "layers": nets.layers,
+        "channels, distilled": lambda: nets.channels(DISTILL),
+        "group norm, distilled": lambda: nets.group_norm(round(rows["channels, distilled"]["macs"] * whole), DISTILL),
     }
-    missing = [name for name in makers if name not in rows]
-    whole = macs_of(bench.first(), bench.example) if missing else 0
-    for name in missing:
-        begin = time.process_time()
-        model = makers[name]()
-        rows[name] = {
-            "accuracy": round(dc.evaluate(model, bench.data.test, batch_size=250).accuracy, 4),
-            "macs": round(macs_of(model, bench.example) / whole, 4),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "cpu_s": round(time.process_time() - begin),
-        }
-        if isinstance(model, fx.GraphModule):
-            report = model.meta["info"]["sparsify"]
-            removed = [key for key, axis in report["kept"].items() if axis["kind"] == BRANCH and not axis["kept"]]
-            rows[name] |= {"learned_share": round(report["learned"], 4), "branches_removed": len(removed)}
-            rows[name]["largest_difference_at_surgery"] = max(step["difference"] for step in report["surgeries"])
-        print(bench.depth, bench.seed, name, json.dumps(rows[name]), flush=True)
-        save()
+    whole = 0 if rows.keys() >= makers.keys() else macs_of(nets.first(), nets.example)
+    complete(rows, {name: partial(row, nets, make, whole) for name, make in makers.items()}, save)
+
+
+def row(nets: Networks, make: Callable[[], nn.Module], whole: int) -> dict[str, Any]:
+    """One network's figures; whole: MACs of the dense one."""
+    begin = time.process_time()
+    model = make()
+    found = {
+        "accuracy": round(dc.evaluate(model, nets.data.test, batch_size=250).accuracy, 4),
+        "macs": round(macs_of(model, nets.example) / whole, 4),
+        "parameters": count_parameters(model),
+        "cpu_s": round(time.process_time() - begin),
+    }
+    if isinstance(model, fx.GraphModule):
+        report = SparsifyReport.of(model)
+        removed = [axis for axis in report.kept.values() if axis.kind == BRANCH and not axis.kept]
+        found |= {"learned_share": round(report.learned, 4), "branches_removed": len(removed)}
+        found["largest_difference_at_surgery"] = max(step.difference for step in report.surgeries)
+    return found
 
 
 def summary(seeds: dict[str, Any]) -> dict[str, Any]:
@@ -155,18 +162,17 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name in next(iter(seeds.values()), {}):
         rows = [rows[name] for rows in seeds.values() if name in rows]
-        table[name] = {"seeds": len(rows)} | {k: round(mean(r[k] for r in rows), 4) for k in ("accuracy", "macs")}
+        table[name] = {"seeds": len(rows), **means(rows, "accuracy", "macs")}
     return table
 
 
 def main() -> None:
     """Measures what the results lack."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BENCHMARK.parser()
     parser.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "cifar10"))
     parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/resnet_sparsity"))
-    asked = start(parser)
+    parser.add_argument("--seeds", type=int, default=1 if QUICK else 3)
+    asked = BENCHMARK.start(parser)
     warnings.filterwarnings("ignore", module="torch_pruning")
     setting = {"epochs": [FIRST, SPARSE, FINE], "lr": [LR, MORE_LR], "batch": BATCH, "reg": REG, "precision": AMP}
     name = f"{asked.data} resnet{asked.depth}"
@@ -174,14 +180,14 @@ def main() -> None:
     def save() -> None:
         """Only this network's part is replaced: two of them may run side by side."""
         found = {"setting": setting, "summary": summary(seeds), "seeds": seeds}
-        nets = {**read(RESULTS).get("networks", {}), name: found}
-        write(RESULTS, {**header(f"resnet_sparsity.py --data {asked.data} --depth {asked.depth}"), "networks": nets})
+        nets = {**BENCHMARK.read().get("networks", {}), name: found}
+        BENCHMARK.write({"networks": nets}, f"--data {asked.data} --depth {asked.depth}")
 
-    before = read(RESULTS).get("networks", {}).get(name, {})
-    check_setting(before, setting, RESULTS)
+    before = BENCHMARK.read().get("networks", {}).get(name, {})
+    check_setting(before, setting, BENCHMARK.results)
     seeds: dict[str, Any] = before.get("seeds", {})
     for seed in range(asked.seeds):
-        measure(Bench(asked, seed), seeds.setdefault(str(seed), {}), save)
+        measure(Networks(asked, seed), seeds.setdefault(str(seed), {}), save)
     print(json.dumps(summary(seeds), indent=1))
 
 

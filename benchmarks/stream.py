@@ -1,7 +1,7 @@
 """Prunes a generated checkpoint of several GB to half from its files: seconds and peak memory, each in its own process.
 
-python benchmarks/stream.py [FOLDER]      writes benchmarks/stream.json; needs 8 GB of disk below FOLDER (by default
-                                          the temporary folder), which are free again at the end
+python benchmarks/stream.py [FOLDER] [--quick]      writes benchmarks/stream.json; needs 8 GB of disk below FOLDER (by
+                                                    default the temporary folder), which are free again at the end
 
 The bound on the peak resident memory, Python and its libraries included, is the largest tensor x 3 + 1 GB.
 """
@@ -14,14 +14,25 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# A CPU-only torch cannot load torchvision's compiled operators, which transformers imports where it is installed.
-sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
+import torch
+from common import QUICK, Benchmark, without_compiled_operators
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import fx
 
-SIZES = {
+import dyncompress as dc
+from dyncompress.compress.pruning import prune_checkpoint as stream_prune
+
+BENCHMARK = Benchmark(
+    __file__, __doc__, needs=("transformers",), within="4.5 GB",
+    ours="{bytes_before_gb:.1f} GB: {capture_s:.0f} s to capture, {rank_s:.0f} to rank, {choose_s:.0f} to choose, "
+    "{write_s:.0f} to write, in {peak_memory_gb:.2f} GB of memory",
+)  # fmt: skip
+SIZES: dict[str, dict[str, Any]] = {
     "7B": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
         "vocab_size": 32000, "use_cache": False,
@@ -32,34 +43,41 @@ SIZES = {
     },
 }  # fmt: skip
 SIZES["4.5 GB"] = SIZES["1.4 GB"] | {"num_hidden_layers": 30}
+STREAMED: tuple[str, ...] = ("1.4 GB", "4.5 GB")
 SHARD_BYTES = 10**9
+if QUICK:
+    SIZES["quick"] = SIZES["1.4 GB"] | {"hidden_size": 320, "intermediate_size": 640, "num_hidden_layers": 3}
+    SIZES["7B"], STREAMED, SHARD_BYTES = SIZES["quick"], ("quick",), 10**7
 PARAMS = 0.5
 
 
 def main() -> None:
-    """Runs every measurement in a process of its own. This one stays small: a child inherits its parent's peak."""
+    """Runs every measurement in a process of its own. A child inherits its parent's peak, which is that of imports."""
+    parser = BENCHMARK.parser()
+    parser.add_argument("folder", nargs="?", help="of the checkpoints")
+    asked = BENCHMARK.start(parser)
     result: dict[str, Any] = {
-        "command": "python benchmarks/stream.py",
         "cores": os.cpu_count(),
         "load_average_before": round(os.getloadavg()[0], 1),  # of other work: it stretches the seconds
         "plan_7b": child("plan"),
     }
-    for size in ("1.4 GB", "4.5 GB"):
-        with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
+    for size in STREAMED:
+        with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
             made = child("make", size, folder)
             pruned = child("prune", size, folder)
             pruned["bound_gb"] = round(3 * made["largest_tensor_gb"] + 1, 3)
             pruned["within_bound"] = pruned["peak_memory_gb"] <= pruned["bound_gb"]
             result[size] = made | pruned | child("check", size, folder)
-    text = json.dumps(result, indent=1)
-    print(text)
-    Path(__file__).with_suffix(".json").write_text(text + "\n")
+    print(json.dumps(result, indent=1))
+    BENCHMARK.write(result)
 
 
 def child(*words: str) -> dict[str, Any]:
     """What a step, run in its own process, prints."""
-    done = subprocess.run([sys.executable, __file__, "--step", *words], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+    command = [sys.executable, __file__, "--step", *words, *(["--quick"] if QUICK else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def peak_gb() -> float:
@@ -67,12 +85,9 @@ def peak_gb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
 
 
-def capture(size: str, dtype: Any) -> Any:
+def capture(size: str, dtype: torch.dtype) -> fx.GraphModule:
     """The captured model of a size, without memory for its parameters."""
-    import torch
     import transformers
-
-    import dyncompress as dc
 
     config = transformers.LlamaConfig(**SIZES[size])
     tokens = {"input_ids": torch.zeros(2, 16, dtype=torch.int64)}
@@ -81,10 +96,7 @@ def capture(size: str, dtype: Any) -> Any:
 
 def plan() -> dict[str, Any]:
     """A plan that halves every axis of the 7-billion-parameter configuration."""
-    import torch
     import transformers
-
-    import dyncompress as dc
 
     _ = transformers.LlamaForCausalLM  # imported on first use
     imported, cpu, memory = time.perf_counter(), time.process_time(), peak_gb()
@@ -94,8 +106,6 @@ def plan() -> dict[str, Any]:
     found = dc.plan(gm, {name: list(kept) for name, kept in keep.items()})
     planned = time.perf_counter()
     return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "parameters": sum(p.numel() for p in gm.parameters()),
         "tensors_sliced": len(found.kept),
         "build_and_capture_s": round(captured - imported, 2),
@@ -108,10 +118,6 @@ def plan() -> dict[str, Any]:
 
 def make(size: str, folder: str) -> dict[str, Any]:
     """A checkpoint of random numbers in shards of 1 GB, one shard at a time."""
-    import torch
-    from safetensors.torch import save_file
-
-    torch.set_num_threads(1)
     gm, source = capture(size, torch.bfloat16), Path(folder, "source")
     source.mkdir()
     tensors = dict(gm.named_parameters())
@@ -144,12 +150,6 @@ def file_of(number: int) -> str:
 
 def prune(size: str, folder: str) -> dict[str, Any]:
     """Ranks and shrinks; what is measured."""
-    import torch
-
-    import dyncompress as dc
-    from dyncompress.compress.pruning import prune_checkpoint as stream_prune
-
-    torch.set_num_threads(1)
     begin, cpu = time.perf_counter(), time.process_time()
     gm = capture(size, torch.bfloat16)
     captured, memory = time.perf_counter(), peak_gb()
@@ -181,21 +181,18 @@ def prune(size: str, folder: str) -> dict[str, Any]:
 
 def check(size: str, folder: str) -> dict[str, Any]:
     """Compares tensors of the result with the same slices taken by plain indexing."""
-    import torch
-    from safetensors import safe_open
-
-    kept = json.loads(Path(folder, "out", "kept.json").read_text())["keep"]
-    kept = {name: torch.tensor(indices) for name, indices in kept.items()}
+    keep = json.loads(Path(folder, "out", "kept.json").read_text())["keep"]
+    kept = {name: torch.tensor(indices) for name, indices in keep.items()}
 
     def tensor(side: str, name: str) -> Any:
         index = json.loads(Path(folder, side, "model.safetensors.index.json").read_text())["weight_map"]
         with safe_open(Path(folder, side, index[name]), framework="pt") as file:
             return file.get_tensor(name)
 
-    last = SIZES[size]["num_hidden_layers"] - 1  # type: ignore[operator]
+    last = SIZES[size]["num_hidden_layers"] - 1
     width = next(
         (kept[name] for name in kept if name.endswith(("layers.0.input_layernorm.weight:0", "embed_tokens.weight:1"))),
-        torch.arange(int(SIZES[size]["hidden_size"])),  # type: ignore[call-overload]
+        torch.arange(SIZES[size]["hidden_size"]),
     )
     checked = 0
     for layer in (0, last // 2, last):
@@ -217,8 +214,6 @@ def check(size: str, folder: str) -> dict[str, Any]:
 
 def shapes(folder: Path) -> list[list[int]]:
     """The shape of every tensor in a folder."""
-    from safetensors import safe_open
-
     found = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -228,7 +223,9 @@ def shapes(folder: Path) -> list[list[int]]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--step"]:
-        steps = {"plan": plan, "make": make, "prune": prune, "check": check}
-        print(json.dumps(steps[sys.argv[2]](*sys.argv[3:])))
+        torch.set_num_threads(1)
+        without_compiled_operators()
+        steps: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "make": make, "prune": prune, "check": check}
+        print(json.dumps(steps[sys.argv[2]](*[word for word in sys.argv[3:] if word != "--quick"])))
     else:
         main()

@@ -1,7 +1,7 @@
 """Early exits beside earlyon's: one trained network, the same data, epochs and batches for the heads, a frozen trunk.
 
     pip install --no-deps earlyon==0.3.0 fvcore iopath yacs termcolor tabulate portalocker
-    python benchmarks/vs_earlyon.py [--data fashion_mnist] [--out FOLDER]                   writes vs_earlyon.json
+    python benchmarks/vs_earlyon.py [--data fashion_mnist] [--quick]         writes vs_earlyon.json
 
 earlyon is used as its documents say: `custom_ee` at the ends of the stages, the second stage of its training, a
 temperature per head, its two calibrations; of two learning rates, its own and ours, the one that is better on the
@@ -12,40 +12,40 @@ Milliseconds per call under the thresholds for a point of loss, one thread, all 
 samples than one, earlyon lets all leave together or none. What is trained is not trained again.
 """
 
-import argparse
 import copy
 import json
-import sys
-import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from data import available, splits
-from exits import trained
+from common import QUICK, Benchmark, kept_in
+from data import splits, take
+from exits import trained_first
 from lenet import least_ms
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from vs_torch_pruning import write
 
 import dyncompress as dc
-from dyncompress.compress.evaluation.evaluate import collect_logits
 from dyncompress.compress.evaluation.wall_clock import latency_inputs
-from dyncompress.compress.thresholds.candidates import Cached
-from dyncompress.compress.thresholds.thresholds import ThresholdSearch
+from dyncompress.compress.thresholds.candidates import collect_cached
 from dyncompress.model_zoo import Splits
-from dyncompress.passes.exits.stages import split_stages
 
-RESULTS = Path(__file__).with_suffix(".json")
+BENCHMARK = Benchmark(
+    __file__, __doc__, data=True, needs=("earlyon",),
+    ours="at half the MACs {points/ours/macs 0.5/accuracy:.1%}, earlyon {points/earlyon/macs 0.5/accuracy:.1%}; for a "
+    "point of loss {time/times_faster_than_earlyon/ours/1:.2f} times as fast as it at one sample, "
+    "{time/times_faster_than_earlyon/ours/256:.2f} at 256",
+)  # fmt: skip
 NET, LAYERS = "resnet20-cifar", ("stage1", "stage2")
-TRAIN, CALIBRATION, EPOCHS, BATCH = 12_800, 4_000, 4, 128
+TRAIN, CALIBRATION, EPOCHS, BATCH = 12_800, 4_000, 1 if QUICK else 4, 128
 GOALS = ("macs 0.5", "macs 0.7", "macs 0.9", "loss 0.0025", "loss 0.005", "loss 0.01", "loss 0.02")
 TIMED = "loss 0.01"
 THEIR_LR, LR = 1e-3, 1e-2
-CALLS, ROUNDS = {1: 100, 16: 16, 256: 2}, 7
+CALLS, ROUNDS = ({1: 4, 16: 1}, 1) if QUICK else ({1: 100, 16: 16, 256: 2}, 7)
 
 Point = dict[str, float]
 
@@ -136,18 +136,10 @@ class Own:
     """Our exits on a copy of the network, trained."""
 
     def __init__(self, net: nn.Module, exits: Any, data: Splits, kept: Path) -> None:
-        if not kept.exists():
-            made = dc.convert(net, exits=exits, data=data, epochs=EPOCHS, lr=LR, batch_size=BATCH, device="cpu")
-            dc.save(made, kept)
-        loaded = dc.load(kept)
-        assert isinstance(loaded, dc.DynamicModel)
-        self.model = loaded
-        stages, policy = split_stages(self.model.trunk), self.model.policy
-        self.costs = [s.macs for s in stages], [s.head_macs for s in stages[:-1]]
-        logits, labels = collect_logits(self.model, data.calibration)
-        calibrated = [z / t for z, t in zip(logits, (*policy.temperatures, 1.0), strict=True)]
-        self.search = ThresholdSearch(calibrated, labels, *self.costs, rule=policy.rule)
-        self.final = float((logits[-1].argmax(-1) == labels).double().mean())
+        options: dict[str, Any] = {"epochs": EPOCHS, "lr": LR, "batch_size": BATCH, "device": "cpu"}
+        self.model = kept_in(kept, lambda: dc.convert(net, exits=exits, data=data, **options))
+        tuning = collect_cached(self.model, data.calibration)
+        self.search, self.final = tuning.grid(self.model.policy), float(tuning.right[-1].mean())
 
     def choose(self, goal: str) -> None:
         """Thresholds for a budget, or for a loss of accuracy on the calibration split, as earlyon means it."""
@@ -158,7 +150,7 @@ class Own:
 
     def points(self, data: Splits, their: dict[str, Point]) -> dict[str, Point]:
         """What each goal comes to on the test split, and the same multiply-adds as earlyon spent on it."""
-        test, points = Cached(*collect_logits(self.model, data.test), *self.costs), {}
+        test, points = collect_cached(self.model, data.test), {}
         for goal in GOALS:
             self.choose(goal)
             found = test.play(self.model.policy)
@@ -184,9 +176,11 @@ def stage_ends(net: nn.Module, x: Tensor) -> tuple[str, ...]:
 
 def clock(static: nn.Module, own: dict[str, Own], peer: Peer, data: Splits) -> dict[str, Any]:
     """Milliseconds per call of each by batch size, and the share of earlyon's batches that left early."""
-    for side in (*own.values(), peer):
+    peer.choose(TIMED)
+    models: dict[str, Callable[..., Any]] = {"static": static}
+    for name, side in own.items():
         side.choose(TIMED)
-    models = {"static": static, **{name: side.model.predict for name, side in own.items()}}
+        models[name] = side.model.predict
     rows: dict[str, Any] = {name: {} for name in (*models, "earlyon")}
     left = {}
     for size, batches in latency_inputs(data.test, CALLS).items():
@@ -202,8 +196,8 @@ def clock(static: nn.Module, own: dict[str, Own], peer: Peer, data: Splits) -> d
 
 def measure(data: Splits, out: Path) -> dict[str, Any]:
     """Everything about one network."""
-    net = trained(NET, data.name, 0, data, out)
-    train, held_out = Subset(data.train, range(TRAIN)), Subset(data.calibration, range(CALIBRATION))
+    net = trained_first(NET, data.name, 0, data, out)
+    train, held_out = take(data.train, TRAIN), take(data.calibration, CALIBRATION)
     data = Splits(train, held_out, data.test, data.classes, data.name)
     x = torch.stack([data.test[i][0] for i in range(2)])
     static = dc.capture(net, x).eval()
@@ -231,26 +225,13 @@ def _shares(point: Point, macs: float) -> Point:
 
 def main() -> None:
     """Measures everything once."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BENCHMARK.parser()
     parser.add_argument("--data", default="fashion_mnist", choices=("fashion_mnist", "mnist"))
-    parser.add_argument("--out", type=Path, default=Path("runs/vs_earlyon"))
-    asked = parser.parse_args()
-    # a CPU-only torch cannot load torchvision's compiled operators, and earlyon needs none of them
-    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
-    try:
-        import earlyon
-    except ImportError as error:
-        raise SystemExit(
-            f"earlyon is not installed ({error}): see the pip line at the top of {Path(__file__).name}"
-        ) from None
-    if not available():
-        raise SystemExit("the data sets of benchmarks are not there")
-    torch.set_num_threads(1)
+    asked = BENCHMARK.start(parser)
     setting = {"net": NET, "data": asked.data, "train": TRAIN, "calibration": CALIBRATION, "epochs": EPOCHS}
-    start = {"command": "python benchmarks/vs_earlyon.py", "threads": 1, "torch": torch.__version__}
-    result = {**start, "earlyon": earlyon.__version__, "setting": setting, **measure(splits(asked.data), asked.out)}
+    result = {"setting": setting, **measure(splits(asked.data), BENCHMARK.runs)}
     print(json.dumps(result, indent=1))
-    write(RESULTS, result)
+    BENCHMARK.write(result)
 
 
 if __name__ == "__main__":

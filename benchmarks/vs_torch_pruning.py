@@ -1,7 +1,7 @@
 """Side by side with Torch-Pruning: every model of models.txt, both libraries, each in a process of its own.
 
     pip install --no-deps torch-pruning==1.6.1
-    python benchmarks/vs_torch_pruning.py [SOURCE:NAME ...] [--limit 120]      writes benchmarks/vs_torch_pruning.json
+    python benchmarks/vs_torch_pruning.py [SOURCE:NAME ...] [--limit 120] [--quick]     writes vs_torch_pruning.json
 
 Rows that the results hold are not measured again. One thread; ours and theirs take turns. Before the clock starts each
 library prunes a two-layer perceptron (`start_s`: imports and first-use caches); a model is then built and pruned up to
@@ -14,41 +14,42 @@ difference between the masked and the pruned model, relative to `effect`, what t
 float64 on one sample, norms at one count (see vs_torch_pruning_sides.py).
 """
 
-import argparse
-import importlib.metadata
 import json
 import multiprocessing as mp
-import sys
 import time
-import types
 import warnings
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from common import read, write
-from model_list import MODELS, build
+from common import QUICK, Benchmark, without_compiled_operators
+from model_list import MODELS, NEEDS, build, call, gap
 from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
-from vs_torch_pruning_sides import SIDES, Seconds, Unknown, call
+from vs_torch_pruning_sides import SIDES, Seconds, Unknown
 
-RESULTS = Path(__file__).with_suffix(".json")
-ROUNDS, ROUNDS_S, PROCESSES = 3, 8, 3
+from dyncompress.passes.graph.cost import count_parameters
+
+BENCHMARK = Benchmark(
+    __file__, __doc__, needs=("torch_pruning", *NEEDS), within="summary",
+    ours="of {of} models we manage {managed/ours}, Torch-Pruning {managed/torch_pruning}; {median_ratio:.2f} of its "
+    "seconds (median)",
+)  # fmt: skip
+ROUNDS, ROUNDS_S, PROCESSES = (1, 8, 1) if QUICK else (3, 8, 3)
 PARTS = ("capture", "typing", "score", "shrink")  # of our seconds
 
 
 def main() -> None:
     """Measures what the results lack, then prints the summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BENCHMARK.parser()
     parser.add_argument("models", nargs="*", default=MODELS, help="SOURCE:NAME; default: all of models.txt")
     parser.add_argument("--limit", type=float, default=120, help="seconds for one library on one model")
-    options = parser.parse_args()
-    rows = read(RESULTS).get("models", {})
+    options = BENCHMARK.start(parser)
+    rows = BENCHMARK.read().get("models", {})
     for turn, name in enumerate(tqdm(options.models, desc="models")):
         for side in sorted(SIDES, reverse=turn % 2 == 1):
             if side not in rows.get(name, {}):
@@ -62,15 +63,9 @@ def main() -> None:
     print(json.dumps(summary(rows), indent=1))
 
 
-def header(script: str = "vs_torch_pruning.py") -> dict[str, Any]:
-    """How to repeat the measurement."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torch-pruning", "timm", "transformers")}
-    return {"command": f"python benchmarks/{script}", "threads": 1, "versions": versions}
-
-
 def save(rows: dict[str, Any]) -> None:
     """Everything measured so far."""
-    write(RESULTS, {**header(), "summary": summary(rows), "models": rows})
+    BENCHMARK.write({"summary": summary(rows), "models": rows})
 
 
 # --- one library on one model, in a process of its own -----------------------------------------------------------
@@ -126,9 +121,7 @@ def _work(name: str, side: str, sender: Connection) -> None:
     """Child process: reports ready, measured and oracle, and each stage as it is entered."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    # A CPU-only torch cannot load torchvision's compiled operators, which no model here needs; transformers imports it.
-    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
-
+    without_compiled_operators()
     reached = ["start"]
 
     def stage(text: str) -> None:
@@ -161,14 +154,14 @@ def measure(name: str, side: str, stage: Any) -> dict[str, Any]:
     begin = time.perf_counter()
     while len(rounds) < ROUNDS and (not rounds or time.perf_counter() - begin < ROUNDS_S):
         model, inputs = build(name)
-        whole, shapes = _count(model), [t.shape for t in call(model, inputs)]
+        whole, shapes = count_parameters(model), [t.shape for t in call(model, inputs)]
         seconds: Seconds = {}
         small = SIDES[side].halve(model, _first_sample(inputs), seconds, stage)
         rounds.append(seconds)
         codes.append(_seconds_of(partial(getattr, small, "code", None)))
         if len(rounds) == 1:
             stage("forward")
-            left, same = _count(small) / whole, [t.shape for t in call(small.eval(), inputs)] == shapes
+            left, same = count_parameters(small) / whole, [t.shape for t in call(small.eval(), inputs)] == shapes
             if not same or left >= 1:
                 return {"ok": False, "reason": "no-op" if same else "wrong output shape", "parameters_left": left}
     parts = {part: round(median(r[part] for r in rounds), 4) for part in rounds[0]}
@@ -201,20 +194,12 @@ def _gap_in(dtype: torch.dtype, name: str, side: str) -> dict[str, float]:
     full = call(model, one)
     masked, small = SIDES[side].masked_and_small(model, one)
     zeroed, pruned = call(masked, one), call(small.eval(), one)
-    effect = _gap(full, zeroed)
-    return {"oracle": _gap(zeroed, pruned) / effect, "effect": effect}
+    effect = gap(full, zeroed)
+    return {"oracle": gap(zeroed, pruned) / effect, "effect": effect}
 
 
 def _first_sample(inputs: Any) -> Any:
     return pytree.tree_map(lambda x: x[:1], inputs)
-
-
-def _gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 # --- summary -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Accuracy side by side with Torch-Pruning: same trained network, same MACs, same fine-tuning, three seeds.
 
     pip install --no-deps torch-pruning==1.6.1
-    python benchmarks/vs_torch_pruning_accuracy.py [--data ../shared/data] [--seeds 3]
-                                                                  writes benchmarks/vs_torch_pruning_accuracy.json
+    python benchmarks/vs_torch_pruning_accuracy.py [--seeds 3] [--quick]
+                                                             writes benchmarks/vs_torch_pruning_accuracy.json
 
 A ResNet-20 with a stride-2 stem is trained on a part of Fashion-MNIST, cut to half its MACs by every importance of both
 libraries, and fine-tuned: same batches, optimiser and schedule; batch norms are recalibrated on neither side.
@@ -12,33 +12,35 @@ MACs of both come from PyTorch's own FlopCounterMode. Importances that need data
 Accuracy is that of the 10,000 test images. Trained networks are kept in runs/, so that an interrupted run resumes.
 """
 
-import argparse
 import copy
 import json
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
-from common import check_setting, largest_within, macs_of, read, write
+from common import DATA, QUICK, Benchmark, complete, largest_within, macs_of, means
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
-from vs_torch_pruning import header
 
 import dyncompress as dc
 from dyncompress.compress.importance.gradients import FISHER_SAMPLES
 from dyncompress.compress.importance.scores import IMPORTANCES
-from dyncompress.model_zoo.networks.resnet import BasicBlock
+from dyncompress.model_zoo.networks.resnet import ResNetCifar
+from dyncompress.passes.graph.cost import count_parameters
 
-RESULTS = Path(__file__).with_suffix(".json")
-CHECKPOINTS = Path(__file__).parent.parent / "runs" / "vs_torch_pruning"
+BENCHMARK = Benchmark(
+    __file__, __doc__, data=True, needs=("torch_pruning",), within="summary",
+    ours="half the MACs of a ResNet-20: best of ours {best/ours:.1%}, of Torch-Pruning {best/torch_pruning:.1%}; whole "
+    "{unpruned:.1%}",
+)  # fmt: skip
 MACS = 0.5
 
 
@@ -56,72 +58,57 @@ class Setting:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     scoring_images: int = 512
+    test_images: int = 10_000
 
 
-SETTING = Setting()
+SETTING = (
+    Setting(train_images=512, epochs=1, tuning_images=256, scoring_images=128, test_images=256) if QUICK else Setting()
+)
 
 Data = tuple[Tensor, Tensor]
 
 
 def main() -> None:
     """Measures what the results lack, then prints the summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parent.parent / "../shared/data")
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    file = options.data / "fashion_mnist" / "fashion_mnist.npz"
-    if not file.exists():
-        print(f"skipped: no {file}; --data names the folder that holds fashion_mnist/")
-        return
-    torch.set_num_threads(1)
-    train, test = load(file)
-    result = read(RESULTS)
-    check_setting(result, asdict(SETTING), RESULTS)
-    rows: dict[str, Any] = result.get("seeds", {})
+    parser = BENCHMARK.parser()
+    parser.add_argument("--seeds", type=int, default=1 if QUICK else 3)
+    options = BENCHMARK.start(parser)
+    train, test = load()
+    rows: dict[str, Any] = BENCHMARK.read(asdict(SETTING)).get("seeds", {})
     for seed in range(options.seeds):
-        missing = [m for m in methods() if m not in rows.get(str(seed), {})]
-        if not missing:
+        row = rows.setdefault(str(seed), {})
+        if row.keys() >= methods().keys():
             continue
         model = trained(seed, train)
-        unpruned = {"unpruned": accuracy(model, test), "macs": macs_of(model, test[0][:1])}
-        row = rows.setdefault(str(seed), unpruned)
-        for name in tqdm(missing, desc=f"seed {seed}"):
-            row[name] = measure(methods()[name], model, seed, train, test)
-            tqdm.write(f"seed {seed} {name}: {json.dumps(row[name])}")
-            save(rows)
+        row |= {"unpruned": accuracy(model, test), "macs": macs_of(model, test[0][:1])}
+        measures = {name: partial(measure, method, model, seed, train, test) for name, method in methods().items()}
+        complete(row, measures, partial(save, rows))
     save(rows)
     print(json.dumps(summary(rows), indent=1))
 
 
 def save(rows: dict[str, Any]) -> None:
     """Everything measured so far."""
-    found = {"setting": asdict(SETTING), "summary": summary(rows), "seeds": rows}
-    write(RESULTS, {**header("vs_torch_pruning_accuracy.py"), **found})
+    BENCHMARK.write({"setting": asdict(SETTING), "summary": summary(rows), "seeds": rows})
 
 
-def load(file: Path) -> tuple[Data, Data]:
+def load() -> tuple[Data, Data]:
     """(N, 1, 28, 28) float in about -1..1 and int64 labels, of the training part and the test set."""
-    arrays = np.load(file)
-    first = SETTING.train_images
+    arrays = np.load(DATA / "fashion_mnist" / "fashion_mnist.npz")
+    first, tested = SETTING.train_images, SETTING.test_images
 
     def data(x: Any, y: Any) -> Data:
         return (torch.from_numpy(x).float()[:, None] / 255 - 0.286) / 0.353, torch.from_numpy(y).long()
 
-    return data(arrays["x_train"][:first], arrays["y_train"][:first]), data(arrays["x_test"], arrays["y_test"])
+    test = data(arrays["x_test"][:tested], arrays["y_test"][:tested])
+    return data(arrays["x_train"][:first], arrays["y_train"][:first]), test
 
 
-class ResNet20(nn.Module):
-    """(B, 1, 28, 28) -> (B, 10): widths 16, 32, 64, three basic blocks each, a stem of stride 2."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        shapes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
-        self.blocks = nn.Sequential(*(BasicBlock(*shape) for shape in shapes))
-        self.classifier = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
+def resnet20() -> nn.Module:
+    """(B, 1, 28, 28) -> (B, 10), with a stem of stride 2."""
+    net = ResNetCifar(channels=1)
+    net.conv.stride = (2, 2)
+    return net
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -130,7 +117,7 @@ class ResNet20(nn.Module):
 def trained(seed: int, train: Data) -> nn.Module:
     """The trained network of a seed, from its file where there is one."""
     torch.manual_seed(seed)
-    model, file = ResNet20(), CHECKPOINTS / f"resnet20-{seed}.pt"
+    model, file = resnet20(), BENCHMARK.runs / f"resnet20-{seed}.pt"
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()
@@ -158,12 +145,9 @@ def fit(model: nn.Module, data: Data, epochs: int, rate: float, seed: int) -> No
     model.eval()
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, test: Data) -> float:
     """Share of the test images, 0..1."""
-    model.eval()
-    right = [(model(x).argmax(1) == y).sum() for x, y in zip(test[0].split(500), test[1].split(500), strict=True)]
-    return float(sum(right)) / len(test[1])
+    return dc.evaluate(model, TensorDataset(*test), batch_size=500).accuracy
 
 
 # --- pruning -----------------------------------------------------------------------------------------------------
@@ -225,7 +209,7 @@ def _one_step(model: nn.Module, train: Data, importance: str, everywhere: bool, 
             importance=scorer,
             pruning_ratio=ratio,
             global_pruning=everywhere,
-            ignored_layers=[small.classifier],
+            ignored_layers=[small.get_submodule("classifier")],
         ).step()
     small.zero_grad()
     return small
@@ -254,15 +238,11 @@ def measure(prune: Method, model: nn.Module, seed: int, train: Data, test: Data)
     fit(small, (train[0][:part], train[1][:part]), SETTING.tuning_epochs, SETTING.tuning_rate, seed + 1000)
     return {
         "macs_left": round(macs_of(small, test[0][:1]) / macs_of(model, test[0][:1]), 4),
-        "parameters_left": round(_count(small) / _count(model), 4),
+        "parameters_left": round(count_parameters(small) / count_parameters(model), 4),
         "before": before,
         "after": accuracy(small, test),
         "prune_s": round(seconds, 2),
     }
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def summary(rows: dict[str, Any]) -> dict[str, Any]:
@@ -270,12 +250,9 @@ def summary(rows: dict[str, Any]) -> dict[str, Any]:
     full = [row for row in rows.values() if all(name in row for name in methods())]
     if not full:
         return {}
-    means = {
-        name: {key: round(mean(row[name][key] for row in full), 4) for key in ("before", "after", "macs_left")}
-        for name in methods()
-    }
-    ranked = dict(sorted(means.items(), key=lambda item: -item[1]["after"]))
-    best = {side: max(v["after"] for n, v in means.items() if n.startswith(side)) for side in ("ours", "torch_pruning")}
+    found = {name: means((row[name] for row in full), "before", "after", "macs_left") for name in methods()}
+    ranked = dict(sorted(found.items(), key=lambda item: -item[1]["after"]))
+    best = {side: max(v["after"] for n, v in found.items() if n.startswith(side)) for side in ("ours", "torch_pruning")}
     unpruned = round(mean(row["unpruned"] for row in full), 4)
     return {"seeds": len(full), "unpruned": unpruned, "best": best, "methods": ranked}
 

@@ -1,30 +1,29 @@
 """Draws both results of the comparison with Torch-Pruning.
 
-python benchmarks/vs_torch_pruning_plot.py      writes benchmarks/vs_torch_pruning.png
+python benchmarks/vs_torch_pruning_plot.py [--quick]      writes benchmarks/vs_torch_pruning.png
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from common import HERE, Benchmark
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-HERE = Path(__file__).parent
+BENCHMARK = Benchmark(__file__, __doc__)
 COLOURS = {"ours": "#2166ac", "torch_pruning": "#b2182b"}
 
 
 def main() -> None:
     """Left: seconds of both by model, where both manage it. Right: accuracy after fine-tuning by method."""
+    BENCHMARK.start()
     structure = json.loads((HERE / "vs_torch_pruning.json").read_text())
     accuracy = json.loads((HERE / "vs_torch_pruning_accuracy.json").read_text())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 9), layout="constrained")
+    figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
     draw_ratios(left, structure["summary"])
     draw_accuracy(right, accuracy["summary"])
-    figure.savefig(HERE / "vs_torch_pruning.png", dpi=110)
+    figure.savefig(BENCHMARK.folder / "vs_torch_pruning.png")
 
 
 def draw_ratios(axes: Axes, summary: dict[str, Any]) -> None:

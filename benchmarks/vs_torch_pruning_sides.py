@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from model_list import call, tensors
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from dyncompress.compress.importance.scores import l2_scores
 from dyncompress.passes.axes.axes import as_keep, infer_axes
 from dyncompress.passes.capture.capture import capture
-from dyncompress.passes.graph.inputs import split_inputs
 from dyncompress.passes.shrink.shrink import mask, shrink, shrink_axes
 
 Stage = Callable[[str], None]
@@ -32,18 +31,6 @@ Seconds = dict[str, float]
 
 class Unknown(Exception):
     """The oracle cannot be had; the message says why."""
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """The tensors of any output, in order."""
-    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-
-
-def call(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """The tensors that `model` returns."""
-    args, kwargs = split_inputs(inputs)
-    with torch.no_grad():
-        return tensors(model(*args, **kwargs))
 
 
 @contextmanager
