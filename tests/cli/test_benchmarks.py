@@ -8,7 +8,7 @@ import pytest
 
 HERE = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = [path for path in sorted(HERE.glob("*.py")) if "\nBENCHMARK = " in path.read_text(encoding="utf-8")]
-CHEAP = ("gates_plot", "group_lasso", "pool")
+CHEAP = ("group_lasso", "plots", "pool")
 SKIPPED = 77  # the exit status of a script that misses something
 HELP_OF_ALL = """
 import sys, readme
