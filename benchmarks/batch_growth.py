@@ -38,9 +38,7 @@ OPTIMIZERS: dict[str, tuple[Optimizer, float]] = {
     "sgd": (partial(torch.optim.SGD, momentum=0.9), 0.05),
     "adamw": (torch.optim.AdamW, 2e-3),
 }
-SETTING: dict[str, Any] = {
-    "macs": 0.25, "epochs": 1 if QUICK else 6, "finetune": 1 if QUICK else 4, "shrink_every": 1, "batch_size": 64,
-}  # fmt: skip
+MACS, EPOCHS, FINE, BATCH = 0.25, 1 if QUICK else 6, 1 if QUICK else 4, 64
 
 
 class Watch:
@@ -83,8 +81,10 @@ def measure(name: str, seed: int, grow: bool, data: Splits) -> dict[str, Any]:
     watch, began = Watch(), time.process_time()
     with saved_tensors_hooks(watch.pack, lambda tensor: tensor):
         small = dc.sparsify(
-            model, train, loss_fn=watch, optimizer=optimizer, lr=lr, seed=seed, grow_batch=grow, device="cpu", **SETTING
-        )
+            model, train, loss_fn=watch, macs=MACS, finetune=FINE, lasso=dc.Lasso(shrink_every=1, grow_batch=grow),
+            training=dc.Training(epochs=EPOCHS, lr=lr, batch_size=BATCH, optimizer=optimizer),
+            run=dc.Run(seed=seed, device="cpu"),
+        )  # fmt: skip
     seconds = time.process_time() - began
     report = SparsifyReport.of(small)
     row = {"cpu_s": round(seconds, 1), "accuracy": round(dc.evaluate(small.eval(), test, batch_size=200).accuracy, 4)}
@@ -113,7 +113,10 @@ def summary(runs: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Measures what the results lack."""
     BENCHMARK.start()
-    setting = {"train": TRAIN, "test": TEST, "seeds": SEEDS, **SETTING}
+    setting = {
+        "train": TRAIN, "test": TEST, "seeds": SEEDS, "macs": MACS, "epochs": EPOCHS, "finetune": FINE,
+        "shrink_every": 1, "batch_size": BATCH,
+    }  # fmt: skip
     data, runs = splits("digits"), BENCHMARK.read(setting).get("runs", {})
     measures = {
         f"{name} {way} {seed}": partial(measure, name, seed, way == "growing", data)

@@ -13,11 +13,12 @@ not measured again.
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from common import AMP, QUICK, Benchmark, complete, means, trained
+from common import AMP, QUICK, Benchmark, complete, means, run_in, trained
 from data import splits
 from torch import fx
 
@@ -36,7 +37,7 @@ BENCHMARK = Benchmark(
 )  # fmt: skip
 FIRST, SPARSE, FINE = (1, 1, 1) if QUICK else (5, 4, 3)
 LR, MORE_LR, BATCH, MACS = 1e-3, 5e-4, 64, 0.5
-OPTIONS: dict[str, Any] = {"batch_size": BATCH, "mixed_precision": AMP}
+TRAINING = dc.Training(epochs=FIRST, lr=LR, batch_size=BATCH, mixed_precision=AMP)
 REPEATS = 2 if QUICK else 40  # of every timed call
 KINDS = ("heads", "neurons")
 
@@ -46,19 +47,20 @@ def trained_first(data: Splits, seed: int) -> fx.GraphModule:
     torch.manual_seed(seed)
     net = build("text-encoder", vocabulary=len(data.vocabulary), classes=data.classes)
     gm = dc.capture(net, data.train[0][0][None].repeat(2, 1))
-    return trained(gm, data.train, BENCHMARK.runs / f"first-{seed}", epochs=FIRST, lr=LR, seed=seed, **OPTIONS)
+    return trained(gm, data.train, TRAINING, run_in(BENCHMARK.runs / f"first-{seed}", seed))
 
 
 def make(seed: int, data: Splits) -> dict[str, fx.GraphModule]:
     """The three networks of a seed, each trained or taken from where an interrupted run left it."""
-    first, run, more = trained_first(data, seed), BENCHMARK.runs / f"learned-{seed}", SPARSE + FINE
+    first = trained_first(data, seed)
+    sparse, more = (replace(TRAINING, epochs=epochs, lr=MORE_LR) for epochs in (SPARSE, SPARSE + FINE))
 
     def train(gm: fx.GraphModule, name: str) -> fx.GraphModule:
-        return trained(gm, data.train, BENCHMARK.runs / f"{name}-{seed}", epochs=more, lr=MORE_LR, seed=seed, **OPTIONS)
+        return trained(gm, data.train, more, run_in(BENCHMARK.runs / f"{name}-{seed}", seed))
 
     learned = dc.sparsify(
-        first, data.train, macs=MACS, kinds=KINDS, epochs=SPARSE, finetune=FINE, shrink_every=1, lr=MORE_LR,
-        run_dir=run, resume=run.exists(), seed=seed, **OPTIONS,
+        first, data.train, macs=MACS, kinds=KINDS, finetune=FINE, lasso=dc.Lasso(shrink_every=1), training=sparse,
+        run=run_in(BENCHMARK.runs / f"learned-{seed}", seed),
     )  # fmt: skip
     pruned = train(dc.prune(first, macs=MACS), "pruned")
     return {"dense": train(deep_copy(first), "dense"), "learned": learned.eval(), "pruned": pruned}

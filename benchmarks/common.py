@@ -18,21 +18,24 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyncompress as dc
+from dyncompress.compress.options.choices import Precision
 from dyncompress.compress.training.losses import cross_entropy
 from dyncompress.compress.training.trainer import fit
+from dyncompress.model_zoo import Splits, build
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "shared" / "data"
 QUICK = "--quick" in sys.argv  # scripts, and `splits`, then make everything small
 SKIPPED = 77  # exit status where something is missing, as automake's tests have it
-AMP = "bf16" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
+AMP: Precision | None = "bf16" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else None
 
 # a residual network's first training
-FIRST, LR, BATCH = 1 if QUICK else 6, 0.1, 128
 SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
+RESIDUAL = dc.Training(epochs=1 if QUICK else 6, lr=0.1, batch_size=128, optimizer=SGD, mixed_precision=AMP)
 
 _STEPS = 256  # of pruning ratios
 
@@ -102,7 +105,12 @@ class Benchmark:
     def read(self, setting: Result | None = None) -> Result:
         """What was measured so far. Raises SystemExit where that was with another setting."""
         found: Result = json.loads(self.results.read_text()) if self.results.exists() else {}
-        check_setting(found, setting, self.results)
+        return found if setting is None else self.checked(found, setting)
+
+    def checked(self, found: Result, setting: Result) -> Result:
+        """Raises SystemExit for results that were measured with another setting."""
+        if found.get("setting", setting) != setting:
+            raise SystemExit(f"{self.results.name} holds results of another setting; move it away first")
         return found
 
     def write(self, result: Result, options: str = "") -> None:
@@ -127,12 +135,6 @@ def without_compiled_operators() -> None:
     sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
 
 
-def check_setting(found: Result, setting: Result | None, path: Path) -> None:
-    """Raises SystemExit for results in a file that were measured with another setting."""
-    if setting is not None and found.get("setting", setting) != setting:
-        raise SystemExit(f"{path.name} holds results of another setting; move it away first")
-
-
 def complete(rows: Result, measures: Mapping[str, Callable[[], Result]], save: Callable[[], None]) -> None:
     """Measures the rows that are missing, and prints and saves each as soon as it is known."""
     for name, measure in measures.items():
@@ -151,9 +153,20 @@ def means(rows: Iterable[Result], *names: str) -> Result:
 # --- training ----------------------------------------------------------------------------------------------------
 
 
-def trained(net: Net, data: Any, run: Path, **options: Any) -> Net:
-    """`net`, trained for a task, or what an interrupted training in `run` left of it, trained on."""
-    fit(net, cross_entropy, data, run_dir=run, resume=run.exists(), **options)
+def residual(depth: int, data: Splits, seed: int) -> nn.Module:
+    """A residual network for these images, with random weights."""
+    torch.manual_seed(seed)
+    return build(f"resnet{depth}-cifar", channels=data.train[0][0].shape[0])
+
+
+def run_in(folder: Path, seed: int, device: str | None = None) -> dc.Run:
+    """A training that is kept in a folder, and goes on from there."""
+    return dc.Run(seed=seed, device=device, run_dir=folder, resume=folder.exists(), progress=True)
+
+
+def trained(net: Net, data: Dataset[Any], training: dc.Training, run: dc.Run) -> Net:
+    """`net`, trained for a task."""
+    fit(net, cross_entropy, data, training, run)
     return net.eval()
 
 

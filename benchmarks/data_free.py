@@ -65,17 +65,15 @@ def subject(name: str) -> tuple[torch.nn.Module, Splits]:
     data = splits(name)
     torch.manual_seed(0)
     model, some = build("resnet20-cifar", channels=1), take(data.train, TRAINED)
-    fit(model, torch.nn.functional.cross_entropy, some, epochs=2, lr=0.01, mixed_precision="bf16", device="cpu")
+    training = dc.Training(epochs=2, lr=0.01, mixed_precision="bf16")
+    fit(model, torch.nn.functional.cross_entropy, some, training, dc.Run(device="cpu"))
     return model.eval(), data
 
 
 def measured(row: str, model: torch.nn.Module, data: Splits, impressions: int) -> dict[str, Any]:
     """The figures of one row; seconds are the processor's."""
     begin = time.process_time()
-    options: dict[str, Any] = {"exits": 3, "macs": BUDGET, "epochs": EPOCHS, "mixed_precision": "bf16", "device": "cpu"}
-    if row == "free":
-        options["impressions"] = impressions
-    dynamic = converted(row, model, data, **options)
+    dynamic = converted(row, model, data, impressions)
     seconds = round(time.process_time() - begin, 1)
     test = take(data.test, TESTED)
     found = evaluate(dynamic, test)
@@ -88,18 +86,20 @@ def measured(row: str, model: torch.nn.Module, data: Splits, impressions: int) -
     }
 
 
-def converted(row: str, model: torch.nn.Module, data: Splits, **options: Any) -> dc.DynamicModel:
+def converted(row: str, model: torch.nn.Module, data: Splits, impressions: int) -> dc.DynamicModel:
     """The model as the row says."""
+    training = dc.Training(epochs=EPOCHS, mixed_precision="bf16")
+    convert = partial(dc.convert, model, macs=BUDGET, training=training, run=dc.Run(device="cpu"))
     if row == "free":
-        return dc.convert(model, torch.zeros(2, *data.train[0][0].shape), **options)
+        return convert(torch.zeros(2, *data.train[0][0].shape), samples=dc.Samples(impressions=impressions))
     if row == "data":
-        return dc.convert(model, data=replace(data, train=take(data.train, EPOCH)), **options)
+        return convert(data=replace(data, train=take(data.train, EPOCH)))
     shots = int(row.split()[0])
     if not row.endswith("plain"):
-        return dc.convert(model, data=data, shots=shots, **options)
+        return convert(data=data, samples=dc.Samples(shots=shots))
     few = few_samples.few_shots(data.train, shots, data.classes, 0)
     often: Dataset[Any] = ConcatDataset([few] * (EPOCH // len(few)))
-    return dc.convert(model, data=replace(data, train=often), **options)
+    return convert(data=replace(data, train=often))
 
 
 if __name__ == "__main__":

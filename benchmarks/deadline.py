@@ -79,7 +79,9 @@ def main() -> None:
     asked = BENCHMARK.start(parser)
     data, found = splits("digits"), {}
     for name in asked.names:
-        made = dc.convert(load(name), exits=EXITS, data=data, epochs=EPOCHS, device="cpu", progress=False)
+        made = dc.convert(
+            load(name), exits=EXITS, data=data, training=dc.Training(epochs=EPOCHS), run=dc.Run(device="cpu")
+        )
         model = made.with_policy(dc.ExitPolicy.never(EXITS))
         found[name] = {str(batch): measure(model, data, batch, calls) for batch, calls in CALLS.items()}
         print(name, found[name], flush=True)

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import AMP, BATCH, FIRST, LR, QUICK, SGD, Benchmark, complete, kept_in, trained
+from common import AMP, QUICK, RESIDUAL, Benchmark, complete, kept_in, run_in, trained
 from data import splits, take
 from exported import in_onnxruntime
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import dyncompress as dc
 from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
 from dyncompress.compress.exits.convert_report import ConvertReport
+from dyncompress.compress.options.choices import ExitPlaces, ExitRecipe
 from dyncompress.compress.thresholds.candidates import Cached, collect_cached
 from dyncompress.compress.thresholds.choose_policy import choose_policy
 from dyncompress.compress.thresholds.thresholds import ThresholdSearch
@@ -82,32 +83,28 @@ def built(name: str, data: Splits) -> nn.Module:
 def trained_first(name: str, source: str, seed: int, data: Splits, out: Path) -> nn.Module:
     """The static network of a seed."""
     torch.manual_seed(seed)
-    recipe: dict[str, Any] = {"epochs": FIRST, "lr": LR, "optimizer": SGD, "batch_size": BATCH}
-    if source in TEXTS:
-        recipe = {"epochs": TEXTS[source], "lr": TEXT_LR, "batch_size": TEXT_BATCH}
-    return trained(built(name, data), data.train, out / "first", seed=seed, mixed_precision=AMP, **recipe)
+    text = dc.Training(epochs=TEXTS.get(source, 0), lr=TEXT_LR, batch_size=TEXT_BATCH, mixed_precision=AMP)
+    training = text if source in TEXTS else RESIDUAL
+    return trained(built(name, data), data.train, training, run_in(out / "first", seed))
 
 
-def converted(net: nn.Module, recipe: str, joint: bool, data: Splits, seed: int, file: Path) -> dc.DynamicModel:
+def converted(net: nn.Module, recipe: ExitRecipe, joint: bool, data: Splits, seed: int, file: Path) -> dc.DynamicModel:
     """The network with the recipe's exits, from its file where there is one."""
-    given, exits = (net.anytime, "own") if isinstance(net, LastAnswer) else (net, EXITS)
+    exits: int | ExitPlaces = EXITS
+    if isinstance(net, LastAnswer):
+        net, exits = net.anytime, "own"
     make = partial(
-        dc.convert, given, exits=exits, data=data, recipe=recipe, epochs=EPOCHS,
-        freeze_trunk=not joint, trunk_lr=TRUNK_LR, seed=seed, mixed_precision=AMP, device="cpu",
-        head="cascade" if recipe == "ztw" else "auto",
+        dc.convert, net, exits=exits, data=data, recipe=recipe, freeze_trunk=not joint,
+        head="cascade" if recipe == "ztw" else "auto", run=dc.Run(seed=seed, device="cpu"),
+        training=dc.Training(epochs=EPOCHS, trunk_lr=TRUNK_LR, mixed_precision=AMP),
     )  # fmt: skip
     return kept_in(file, make)
 
 
-def row(net: nn.Module, data: Splits, seed: int, out: Path, name: str) -> dict[str, Any]:
-    """A recipe, `, joint` where the trunk is trained, too."""
-    recipe, _, joint = name.partition(", ")
-    file = out / f"{name.replace(', ', '-')}.dyn.safetensors"
-    return measure(net, converted(net, recipe, bool(joint), data, seed, file), data)
-
-
-def measure(net: nn.Module, dynamic: dc.DynamicModel, data: Splits) -> dict[str, Any]:
+def measure(net: nn.Module, recipe: ExitRecipe, joint: bool, data: Splits, seed: int, out: Path) -> dict[str, Any]:
     """One recipe on one network."""
+    file = out / f"{recipe}{'-joint' if joint else ''}.dyn.safetensors"
+    dynamic = converted(net, recipe, joint, data, seed, file)
     tuning, test = (collect_cached(dynamic, part) for part in (data.calibration, data.test))
     policy, whole = dynamic.policy, dynamic.static_macs
     search = tuning.grid(policy)
@@ -144,7 +141,7 @@ def _times(net: nn.Module, dynamic: dc.DynamicModel, data: Splits, test: Cached)
     found = {}
     for batch, count in CALLS.items():
         fastest = folded.with_policy(folded.policy)
-        choose_policy(fastest, data.calibration, cost="latency", latency_batch=batch)
+        choose_policy(fastest, data.calibration, leaving=dc.Leaving(cost="latency", latency_batch=batch))
         inputs = latency_inputs(data.test, {batch: count})
         models: dict[str, Callable[..., Any]] = {
             "static": static, "dynamic": folded.predict, "by_latency": fastest.predict, "blocked": blocked,
@@ -200,17 +197,18 @@ def main() -> None:
     data, key = splits(asked.data, LENGTH if asked.data in TEXTS else None), f"{asked.data} {asked.net}"
     if asked.data in TEXTS:
         data = replace(data, train=take(data.train, SENTENCES))
-    setting = {"first": FIRST, "epochs": EPOCHS, "exits": EXITS, "trunk_lr": TRUNK_LR, "precision": AMP}
+    setting = {"first": RESIDUAL.epochs, "epochs": EPOCHS, "exits": EXITS, "trunk_lr": TRUNK_LR, "precision": AMP}
     nets = BENCHMARK.read(setting).get("networks", {})
-    recipes = [*asked.recipes, *(f"{recipe}, joint" for recipe in asked.joint)]
+    recipes = {recipe: (recipe, False) for recipe in asked.recipes}
+    recipes |= {f"{recipe}, joint": (recipe, True) for recipe in asked.joint}
     for seed in range(asked.seeds):
         rows = nets.setdefault(key, {}).setdefault(str(seed), {})
-        if not rows.keys() >= set(recipes):
+        if not rows.keys() >= recipes.keys():
             out = BENCHMARK.runs / f"{asked.data}-{asked.net}-{seed}"
             net = trained_first(asked.net, asked.data, seed, data, out)
             rows.setdefault("static", {"accuracy": round(dc.evaluate(net, data.test, batch_size=250).accuracy, 4)})
             save = partial(BENCHMARK.write, {"setting": setting, "networks": nets})
-            complete(rows, {name: partial(row, net, data, seed, out, name) for name in recipes}, save)
+            complete(rows, {name: partial(measure, net, *how, data, seed, out) for name, how in recipes.items()}, save)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ What the JSON has is not measured again.
 
 import statistics
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ import dyncompress as dc
 from dyncompress.compress.exits.exit_losses import Weighted
 from dyncompress.compress.exits.meta_exits import Heads, Read
 from dyncompress.compress.exits.recipes import train_exits
+from dyncompress.compress.options.choices import ExitRecipe
 from dyncompress.compress.synthesis.few_samples import few_shot_training
 from dyncompress.compress.thresholds.candidates import collect_cached
 from dyncompress.compress.thresholds.thresholds import ThresholdSearch
@@ -42,11 +44,15 @@ BENCHMARK = Benchmark(
     "{vgg-digits, 1 shots, distill/at_0.6:.1%} distilled, {vgg-digits, 1 shots, meta/at_0.6:.1%} meta-learned",
 )  # fmt: skip
 NAMES, SHOTS = ("vgg-digits", "resnet-digits"), (1,) if QUICK else (1, 5, 20)
-RECIPES = {"ce": ("sum", 64), "ce, sgd": ("sum", 64), "distill": ("distill", 2), "meta": ("meta", 2)}
+RECIPES: dict[str, tuple[ExitRecipe, int]] = {
+    "ce": ("sum", 64),
+    "ce, sgd": ("sum", 64),
+    "distill": ("distill", 2),
+    "meta": ("meta", 2),
+}
 if QUICK:
     RECIPES = {"ce": ("sum", 1), "ce, sgd": ("sum", 1)}
 LR, BATCH, EXITS, TESTED, BUDGET = 1e-2, 128, 3, 600, 0.6
-QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
 
 
 def main() -> None:
@@ -89,13 +95,12 @@ def train(row: str, dynamic: dc.DynamicModel, data: Splits, shots: int, seed: in
     """The exits, in place."""
     recipe, epochs = RECIPES[row]
     few = few_shot_training(data.train, shots, dynamic, recipe, seed)
-    options: dict[str, Any] = {"lr": LR, "epochs": epochs, "batch_size": BATCH, "seed": seed, **QUIET}
+    training, run = dc.Training(epochs=epochs, lr=LR, trunk_lr=0.0, batch_size=BATCH), dc.Run(seed=seed, device="cpu")
     if row != "ce, sgd":
-        train_exits(dynamic, few, recipe=recipe, trunk_lr=0.0, **options)
+        train_exits(dynamic, few, recipe, training, run)
         return
-    heads = Heads(dynamic.trunk)
-    read, sgd = Read.by(dynamic, few, BATCH, "cpu"), partial(torch.optim.SGD, momentum=0.9)
-    fit(heads, Weighted([1.0] * EXITS), read, parameters=heads.own(), optimizer=sgd, **options)
+    heads, read = Heads(dynamic.trunk), Read.by(dynamic, few, BATCH, "cpu")
+    fit(heads, Weighted([1.0] * EXITS), read, replace(training, optimizer="sgd"), run, parameters=heads.own())
 
 
 def means(runs: dict[str, Any]) -> dict[str, Any]:

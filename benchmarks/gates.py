@@ -31,7 +31,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from common import AMP, BATCH, FIRST, LR, QUICK, SGD, Benchmark, complete, trained
+from common import AMP, QUICK, RESIDUAL, Benchmark, complete, residual, run_in, trained
 from data import splits, take
 from torch import Tensor, fx, nn
 
@@ -40,8 +40,8 @@ from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_l
 from dyncompress.compress.gates.gate_losses import GateLoss
 from dyncompress.compress.gates.gate_report import GateReport
 from dyncompress.compress.gates.gate_training import GatePhase, train_gates
+from dyncompress.compress.options.choices import GateKind, GateNetwork
 from dyncompress.compress.training.batches import in_order, size_of
-from dyncompress.model_zoo import build
 from dyncompress.passes.gates.read_gates import deciding
 from dyncompress.passes.graph.cost import count_macs
 
@@ -54,8 +54,8 @@ BENCHMARK = Benchmark(
     "{random/accuracy:.1%} at random",
 )  # fmt: skip
 EPOCHS = 2 if QUICK else 10
-SHARE, GATE_LR, TRUNK_LR, MORE_LR = 0.5, 5e-3, 0.2, 0.02
-DISTILL = 0.5
+SHARE, MORE_LR, DISTILL = 0.5, 0.02, 0.5
+GATED = replace(RESIDUAL, epochs=EPOCHS, lr=5e-3, trunk_lr=0.2, optimizer="adamw")
 ONE_BRANCH = 0.02  # a network without whole branches may have this much more: three of nine gone are .655
 CALLS = {1: 4} if QUICK else {1: 200, 64: 12}
 DRAWS = 3
@@ -64,10 +64,10 @@ DRAWS = 3
 class How(NamedTuple):
     """What `dc.gate` is asked for."""
 
-    kind: str
+    kind: GateKind
     pretrain: bool = True
     random_weights: bool = False
-    gate: str | None = None
+    gate: GateNetwork | None = None
 
 
 NAMES = {
@@ -96,28 +96,25 @@ class Networks:
         self.folder = BENCHMARK.runs / f"{asked.data}-{asked.depth}-{asked.seed}"
         self.whole, self.macs, self.depth, self.seed = splits(asked.data), asked.macs, asked.depth, asked.seed
         self.train = take(self.whole.train, round(SHARE * size_of(self.whole.train, "training")))
-        self.options: dict[str, Any] = {"batch_size": BATCH, "seed": asked.seed, "mixed_precision": AMP}
+
+    def kept(self, name: str) -> dc.Run:
+        return run_in(self.folder / name, self.seed)
 
     def first(self, random_weights: bool = False) -> fx.GraphModule:
-        torch.manual_seed(self.seed)
-        image = self.whole.train[0][0][None]
-        net = build(f"resnet{self.depth}-cifar", channels=image.shape[1]).eval()
+        net = residual(self.depth, self.whole, self.seed).eval()
         if not random_weights:
-            options = {"epochs": FIRST, "lr": LR, "optimizer": SGD, **self.options}
-            trained(net, self.whole.train, self.folder / "first", **options)
-        return dc.capture(net, image)
+            trained(net, self.whole.train, RESIDUAL, self.kept("first"))
+        return dc.capture(net, self.whole.train[0][0][None])
 
     def static(self) -> fx.GraphModule:
-        options = {"epochs": EPOCHS, "lr": MORE_LR, "optimizer": SGD, **self.options}
-        return trained(self.first(), self.train, self.folder / "static", **options)
+        return trained(self.first(), self.train, replace(RESIDUAL, epochs=EPOCHS, lr=MORE_LR), self.kept("static"))
 
     def gated(self, how: How) -> dc.DynamicModel:
         start, end = "untrained-" if how.random_weights else "", f"-{how.gate}" if how.gate else ""
-        run = self.folder / f"{start}{how.kind if how.pretrain else 'no-pretrain'}{end}"
         return dc.gate(
             self.first(how.random_weights), data=replace(self.whole, train=self.train), kind=how.kind, macs=self.macs,
-            pretrain=how.pretrain, gate=how.gate, epochs=EPOCHS, lr=GATE_LR, trunk_lr=TRUNK_LR,
-            distill=0.0 if how.random_weights else DISTILL, run_dir=run, resume=run.exists(), **self.options,
+            pretrain=how.pretrain, gate=how.gate, distill=0.0 if how.random_weights else DISTILL, training=GATED,
+            run=self.kept(f"{start}{how.kind if how.pretrain else 'no-pretrain'}{end}"),
         )  # fmt: skip
 
     def every(self) -> dc.DynamicModel:
@@ -133,20 +130,17 @@ class Networks:
         return [1 - (every.static_macs - self.macs * whole) / skippable] * len(every.branch_macs)
 
     def random(self, name: str) -> fx.GraphModule:
-        first, run = self.first(), self.folder / name
+        first = self.first()
         gm = dc.InsertGates()(first).gm
         phase = GatePhase(Random(self.rates(name != "random")), GateLoss(DISTILL))
-        options = {**self.options, "epochs": EPOCHS, "lr": GATE_LR, "optimizer": torch.optim.AdamW}
-        options |= {"run_dir": run, "resume": run.exists()}
-        train_gates(gm, phase, first, self.train, TRUNK_LR, options)
+        train_gates(gm, phase, first, self.train, GATED, self.kept(name))
         return deciding(gm, phase.decide).eval()
 
     def shallower(self) -> fx.GraphModule:
-        run = self.folder / "shallower"
         return dc.sparsify(
-            self.first(), self.train, macs=self.macs + ONE_BRANCH, kinds=("layers",), epochs=EPOCHS // 2,
-            finetune=EPOCHS - EPOCHS // 2, shrink_every=1, lr=MORE_LR, optimizer=SGD, distill=DISTILL, run_dir=run,
-            resume=run.exists(), **self.options,
+            self.first(), self.train, macs=self.macs + ONE_BRANCH, kinds=("layers",), finetune=EPOCHS - EPOCHS // 2,
+            distill=DISTILL, lasso=dc.Lasso(shrink_every=1), run=self.kept("shallower"),
+            training=replace(RESIDUAL, epochs=EPOCHS // 2, lr=MORE_LR),
         )  # fmt: skip
 
     # --- rows ----------------------------------------------------------------------------------------------------
@@ -236,8 +230,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=("static", "gumbel", "random") if QUICK else ROWS, choices=ROWS)
     asked = BENCHMARK.start(parser)
     setting = {
-        "epochs": [FIRST, EPOCHS], "share_of_images": SHARE, "lr": [LR, GATE_LR, MORE_LR], "trunk_lr": TRUNK_LR,
-        "batch": BATCH, "precision": AMP, "macs": asked.macs,
+        "epochs": [RESIDUAL.epochs, EPOCHS], "share_of_images": SHARE, "lr": [RESIDUAL.lr, GATED.lr, MORE_LR],
+        "trunk_lr": GATED.trunk_lr, "batch": GATED.batch_size, "precision": AMP, "macs": asked.macs,
     }  # fmt: skip
     found = BENCHMARK.read(setting).get("networks", {})
     rows = found.setdefault(f"{asked.data} resnet{asked.depth} seed {asked.seed}", {})

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from bert_sparsity import BATCH, FIRST, LR, trained_first
-from common import AMP, QUICK, Benchmark, complete
+from common import AMP, QUICK, Benchmark, complete, run_in
 from data import splits
 from torch import fx
 
@@ -52,11 +52,9 @@ MODELS = {"text-encoder sst2": classifier, "vit-digits": vision}
 def row(make: Callable[[], tuple[fx.GraphModule, Splits]], name: str, macs: float) -> dict[str, Any]:
     """The network before and after."""
     static, data = make()
-    run, whole = BENCHMARK.runs / f"gated-{name.split()[0]}", count_macs(static)
-    gated = dc.gate(
-        static, data=data, macs=macs, epochs=EPOCHS, lr=GATE_LR, trunk_lr=TRUNK_LR, batch_size=BATCH,
-        mixed_precision=AMP, run_dir=run, resume=run.exists(),
-    )  # fmt: skip
+    training = dc.Training(epochs=EPOCHS, lr=GATE_LR, trunk_lr=TRUNK_LR, batch_size=BATCH, mixed_precision=AMP)
+    run, whole = run_in(BENCHMARK.runs / f"gated-{name.split()[0]}", 0), count_macs(static)
+    gated = dc.gate(static, data=data, macs=macs, training=training, run=run)
     found = dc.evaluate(gated, data.test)
     assert found.mean_macs is not None
     left = found.mean_macs / whole

@@ -30,7 +30,7 @@ from dyncompress.model_zoo.zoo import find
 
 BENCHMARK = Benchmark(
     __file__, __doc__, within="resnet110-cifar",
-    ours="ResNet-110: {capture/ms:.0f} ms to capture, {exits/ms:.0f} to insert three exits, {stages/ms:.0f} to make ready",
+    ours="ResNet-110: {capture/ms:.0f} ms to capture, {exits/ms:.0f} for three exits, {stages/ms:.0f} to make ready",
 )  # fmt: skip
 MODELS = ("resnet-digits",) if QUICK else ("resnet-digits", "vgg-digits", "vit-digits", "resnet110-cifar")
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from common import QUICK, Benchmark, channels_last, complete, kept_in, trained
+from common import QUICK, Benchmark, channels_last, complete, kept_in, run_in, trained
 from data import splits
 from exported import in_onnxruntime
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import dyncompress as dc
 from dyncompress.compress.evaluation.wall_clock import latency_inputs, measure_latency
 from dyncompress.compress.thresholds.choose_policy import choose_policy
-from dyncompress.model_zoo import Splits, build
+from dyncompress.model_zoo import Splits
 
 BENCHMARK = Benchmark(
     __file__, __doc__, data=True, within="networks/mnist branchynet/0",
@@ -40,7 +40,7 @@ FIRST, EPOCHS, BATCH, LR = 1 if QUICK else 4, 1 if QUICK else 4, 128, 3e-3
 LOSSES = (0.001, 0.005, 0.002)  # the last one's thresholds are timed
 CALLS = {1: 4} if QUICK else {1: 200, 16: 32, 256: 4}
 WAYS = ("joint", "frozen")  # with the trunk, or without
-RULE, EVERYONE, ROUNDS = "entropy", 1.0, 1 if QUICK else 15
+LEAVING, EVERYONE, ROUNDS = dc.Leaving(rule="entropy"), 1.0, 1 if QUICK else 15
 
 
 class Branched(nn.Module):
@@ -61,10 +61,7 @@ def _conv(channels_in: int, channels_out: int, kernel: int, padding: int) -> nn.
 
 
 def branchynet() -> Branched:
-    """The network of BranchyNet's experiment: three padded convolutions, a branch after the first, two linear layers.
-
-    The zoo's LeNet-5 has fewer multiply-adds behind its first convolution: leaving there saves a factor of 3.5 at most.
-    """
+    """The network of BranchyNet's experiment: three padded convolutions, a branch after the first, two linear."""
     last = [nn.Flatten(), nn.Linear(20 * 6 * 6, 84), nn.Linear(84, 10)]
     branch = nn.Sequential(_conv(5, 10, 3, 1), nn.Flatten(), nn.Linear(10 * 8 * 8, 10))
     return Branched(_conv(1, 5, 5, 3), nn.Sequential(_conv(5, 10, 5, 3), _conv(10, 20, 5, 3), *last), branch)
@@ -77,25 +74,22 @@ def wide() -> Branched:
     return Branched(_conv(1, 32, 5, 2), nn.Sequential(_conv(32, 64, 5, 2), *last), branch)
 
 
-NETS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    "branchynet": (branchynet, "own"),
-    "wide": (wide, "own"),
-    "lenet-5": (partial(build, "lenet", channels=1), ("max_pool2d",)),
-}
+NETS = {"branchynet": branchynet, "wide": wide}
 
 
-def trained_first(name: str, seed: int, data: Splits, out: Path) -> nn.Module:
+def trained_first(name: str, seed: int, data: Splits, out: Path) -> Branched:
     """The static network of a seed."""
     torch.manual_seed(seed)
-    net = channels_last(NETS[name][0]())
-    return trained(net, data.train, out, epochs=FIRST, lr=LR, batch_size=BATCH, seed=seed, device="cpu")
+    net = channels_last(NETS[name]())
+    return trained(net, data.train, dc.Training(epochs=FIRST, lr=LR, batch_size=BATCH), run_in(out, seed, "cpu"))
 
 
-def converted(net: nn.Module, exits: Any, joint: bool, data: Splits, seed: int, path: Path) -> dc.DynamicModel:
+def converted(net: Branched, joint: bool, data: Splits, seed: int, path: Path) -> dc.DynamicModel:
     """The network with its branch trained, taken from `path` where an earlier run has left it."""
     make = partial(
-        dc.convert, net, exits=exits, data=data, recipe="weighted", epochs=EPOCHS, lr=LR, batch_size=BATCH, seed=seed,
-        freeze_trunk=not joint, trunk_lr=1.0, rule=RULE, device="cpu",
+        dc.convert, net, exits="own", data=data, recipe="weighted", freeze_trunk=not joint, leaving=LEAVING,
+        training=dc.Training(epochs=EPOCHS, lr=LR, trunk_lr=1.0, batch_size=BATCH),
+        run=dc.Run(seed=seed, device="cpu"),
     )  # fmt: skip
     return channels_last(kept_in(path, make))
 
@@ -104,11 +98,11 @@ def measure(static: nn.Module, make: Callable[[], dc.DynamicModel], data: Splits
     """A network with a branch beside the one it was made from."""
     dynamic = make()
     rows: dict[str, Any] = {"macs": {"static": dynamic.static_macs, "branch": dynamic.exit_macs[0]}}
-    alone = [dynamic.with_policy(dc.ExitPolicy(RULE, (at,))) for at in (EVERYONE, None)]
+    alone = [dynamic.with_policy(dc.ExitPolicy(LEAVING.rule, (at,))) for at in (EVERYONE, None)]
     for name, model in zip(("all leave", "none leaves"), alone, strict=True):
         rows[name] = {"accuracy": round(dc.evaluate(model, data.test).accuracy, 4)}
     for loss in LOSSES:
-        choose_policy(dynamic, data.calibration, rule=RULE, max_loss=loss)
+        choose_policy(dynamic, data.calibration, max_loss=loss, leaving=LEAVING)
         found = dc.evaluate(dynamic, data.test)
         share = found.exits[0].share
         assert found.mean_macs is not None and share is not None
@@ -154,7 +148,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1 if QUICK else 3)
     asked = BENCHMARK.start(parser)
     data, key = splits(asked.data), f"{asked.data} {asked.net}"
-    setting = {"first": FIRST, "epochs": EPOCHS, "batch": BATCH, "lr": LR, "rule": RULE}
+    setting = {"first": FIRST, "epochs": EPOCHS, "batch": BATCH, "lr": LR, "rule": LEAVING.rule}
     nets = BENCHMARK.read(setting).get("networks", {})
     machine = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__}
     save = partial(BENCHMARK.write, {**machine, "setting": setting, "networks": nets})
@@ -166,12 +160,8 @@ def main() -> None:
         net = trained_first(asked.net, seed, data, folder)
         rows["static"] = {"accuracy": round(dc.evaluate(net, data.test).accuracy, 4)}
         static = dc.capture(net, data.test[0][0][None].repeat(2, 1, 1, 1)).eval()
-        if isinstance(net, Branched):
-            net.branched = True
-        ways = {
-            way: partial(converted, net, NETS[asked.net][1], way == "joint", data, seed, folder / f"{way}.dyn")
-            for way in WAYS
-        }
+        net.branched = True
+        ways = {way: partial(converted, net, way == "joint", data, seed, folder / f"{way}.dyn") for way in WAYS}
         complete(rows, {way: partial(measure, static, make, data) for way, make in ways.items()}, save)
 
 

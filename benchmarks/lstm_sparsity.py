@@ -22,7 +22,7 @@ import json
 from typing import Any
 
 import torch
-from common import AMP, DATA, QUICK, Benchmark, trained
+from common import AMP, DATA, QUICK, Benchmark, run_in, trained
 from data import few, take
 from torch import fx, nn
 
@@ -44,7 +44,7 @@ BENCHMARK = Benchmark(
 )  # fmt: skip
 HIDDEN, DROPOUT, SMALL_DROPOUT, LR, BATCH, LENGTH = 32 if QUICK else 512, 0.5, 0.3, 2e-3, 64, 35
 FIRST, SPARSE, FINE = (1, 1, 1) if QUICK else (10, 5, 5)
-WHOLE = ("embedding",)
+WHOLE = dc.Limits(ignore=("embedding",))
 REPEATS = 1 if QUICK else 40  # of every timed call
 
 
@@ -58,10 +58,12 @@ def perplexity(model: nn.Module, data: Any) -> float:
 def make(asked: argparse.Namespace, splits: Splits) -> dict[str, fx.GraphModule]:
     """The four models, each trained or taken from where an interrupted run left it."""
     data = take(splits.train, round(asked.words * size_of(splits.train, "training")))
-    options: dict[str, Any] = {"batch_size": BATCH, "seed": asked.seed, "mixed_precision": AMP}
+
+    def training(epochs: int, lr: float) -> dc.Training:
+        return dc.Training(epochs=epochs, lr=lr, batch_size=BATCH, mixed_precision=AMP)
 
     def train(gm: fx.GraphModule, name: str, epochs: int, lr: float = LR) -> fx.GraphModule:
-        done = trained(gm, data, BENCHMARK.runs / name, epochs=epochs, lr=lr, **options)
+        done = trained(gm, data, training(epochs, lr), run_in(BENCHMARK.runs / name, asked.seed))
         print(name, perplexity(done, splits.calibration), flush=True)
         return done
 
@@ -71,13 +73,13 @@ def make(asked: argparse.Namespace, splits: Splits) -> dict[str, fx.GraphModule]
     first = train(dc.capture(net, torch.zeros(2, LENGTH, dtype=torch.int64)), "first", FIRST)
     more, half = SPARSE + FINE, LR / 2
     dense = train(deep_copy(first), "dense", more, half)
-    start, run = with_dropout(first, SMALL_DROPOUT), BENCHMARK.runs / "learned"
+    start = with_dropout(first, SMALL_DROPOUT)
     learned = dc.sparsify(
-        start, data, macs=asked.macs, epochs=SPARSE, finetune=FINE, shrink_every=1, lr=half, ignore=WHOLE, run_dir=run,
-        resume=run.exists(), **options,
+        start, data, macs=asked.macs, finetune=FINE, lasso=dc.Lasso(shrink_every=1), limits=WHOLE,
+        training=training(SPARSE, half), run=run_in(BENCHMARK.runs / "learned", asked.seed),
     )  # fmt: skip
     scratch = train(reinit(learned), "scratch", FIRST + more)
-    pruned = train(dc.prune(start, macs=asked.macs, ignore=WHOLE), "pruned", more, half)
+    pruned = train(dc.prune(start, macs=asked.macs, limits=WHOLE), "pruned", more, half)
     return {"dense": dense, "learned": learned, "pruned": pruned, "scratch": scratch}
 
 
@@ -121,7 +123,7 @@ def main() -> None:
         "vocabulary": len(splits.vocabulary), "hidden": HIDDEN, "dropout": [DROPOUT, SMALL_DROPOUT], "lr": LR,
         "batch": BATCH, "length": LENGTH, "seed": asked.seed,
         "epochs": {"first": FIRST, "sparsifying": SPARSE, "fine-tuning": FINE},
-        "share_of_words": asked.words, "macs": asked.macs, "kept_whole": list(WHOLE),
+        "share_of_words": asked.words, "macs": asked.macs, "kept_whole": list(WHOLE.ignore),
     }  # fmt: skip
     result = {"setting": setting, "learned_share": SparsifyReport.of(models["learned"]).learned, "models": rows}
     name = f"{HIDDEN} hidden, {asked.words:g} of the words"

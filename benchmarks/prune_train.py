@@ -17,12 +17,12 @@ Seconds are those of the whole training on one thread, surgeries and the choice 
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from statistics import mean, median
 from typing import Any
 
-import torch
-from common import AMP, BATCH, LR, QUICK, SGD, Benchmark, channels_last, complete
+from common import AMP, QUICK, RESIDUAL, Benchmark, channels_last, complete, residual
 from data import splits
 from torch import fx
 
@@ -31,7 +31,7 @@ from dyncompress.compress.evaluation.reports import to_json
 from dyncompress.compress.sparsity.sparsify_report import SparsifyReport
 from dyncompress.compress.training.losses import cross_entropy
 from dyncompress.compress.training.trainer import fit
-from dyncompress.model_zoo import Splits, build
+from dyncompress.model_zoo import Splits
 from dyncompress.passes.graph.copying import deep_copy
 from dyncompress.passes.graph.cost import count_macs, count_parameters
 
@@ -41,7 +41,7 @@ BENCHMARK = Benchmark(
     ours="{time_ratio/clock_s:.2f} of the training time, accuracy {accuracy/dense:.1%} -> {accuracy/shrinking:.1%}",
 )  # fmt: skip
 EPOCHS, LEARNING = (2, 1) if QUICK else (10, 3)
-MACS, FLOOR, ROUND_TO = 0.25, 0.1, 8
+MACS, LIMITS = 0.25, dc.Limits(floor=0.1, round_to=8)
 
 
 def trained(train: Callable[[], fx.GraphModule], test: Any, whole: int) -> dict[str, Any]:
@@ -58,23 +58,18 @@ def trained(train: Callable[[], fx.GraphModule], test: Any, whole: int) -> dict[
 
 def measure(data: Splits, depth: int, seed: int) -> dict[str, Any]:
     """Both ways, from the same weights."""
-    torch.manual_seed(seed)
-    example = data.train[0][0][None]
-    net = build(f"resnet{depth}-cifar", channels=example.shape[1])
-    start = channels_last(dc.capture(net, example))
-    options: dict[str, Any] = {
-        "lr": LR, "batch_size": BATCH, "seed": seed, "optimizer": SGD, "mixed_precision": AMP, "progress": True,
-    }  # fmt: skip
+    start = channels_last(dc.capture(residual(depth, data, seed), data.train[0][0][None]))
+    run = dc.Run(seed=seed, progress=True)
 
     def dense() -> fx.GraphModule:
         gm = deep_copy(start)
-        fit(gm, cross_entropy, data.train, epochs=EPOCHS, **options)
+        fit(gm, cross_entropy, data.train, replace(RESIDUAL, epochs=EPOCHS), run)
         return gm
 
     def shrinking() -> fx.GraphModule:
         return dc.sparsify(
-            start, data.train, macs=MACS, epochs=LEARNING, finetune=EPOCHS - LEARNING, shrink_every=1, floor=FLOOR,
-            round_to=ROUND_TO, **options,
+            start, data.train, macs=MACS, finetune=EPOCHS - LEARNING, lasso=dc.Lasso(shrink_every=1), limits=LIMITS,
+            training=replace(RESIDUAL, epochs=LEARNING), run=run,
         )  # fmt: skip
 
     ways = {"dense": dense, "shrinking": shrinking}
@@ -101,8 +96,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1 if QUICK else 2)
     asked = BENCHMARK.start(parser)
     setting = {
-        "data": asked.data, "depth": asked.depth, "epochs": EPOCHS, "learning": LEARNING, "macs": MACS, "lr": LR,
-        "batch": BATCH, "precision": AMP, "round_to": ROUND_TO, "channels_last": True,
+        "data": asked.data, "depth": asked.depth, "epochs": EPOCHS, "learning": LEARNING, "macs": MACS,
+        "lr": RESIDUAL.lr, "batch": RESIDUAL.batch_size, "precision": AMP, "round_to": LIMITS.round_to,
+        "channels_last": True,
     }  # fmt: skip
     data, seeds = splits(asked.data), BENCHMARK.read(setting).get("seeds", {})
     complete(

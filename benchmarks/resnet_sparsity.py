@@ -23,19 +23,19 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from common import AMP, BATCH, FIRST, LR, QUICK, SGD, Benchmark, check_setting, complete, largest_within, macs_of, means
+from common import AMP, QUICK, RESIDUAL, SGD, Benchmark, complete, largest_within, macs_of, means, residual, run_in
 from data import splits
 from torch import fx, nn
 
 import dyncompress as dc
 from dyncompress.compress.sparsity.sparsify_report import SparsifyReport
 from dyncompress.compress.training.losses import Distilled, cross_entropy
-from dyncompress.compress.training.trainer import fit
-from dyncompress.model_zoo import build
+from dyncompress.compress.training.trainer import Optimizer, fit
 from dyncompress.passes.axes.axis_kinds import BRANCH
 from dyncompress.passes.graph.cost import count_parameters
 
@@ -49,34 +49,30 @@ SPARSE, FINE, MORE_LR = 1 if QUICK else 3, 1 if QUICK else 2, 0.05
 CHANNELS, LAYERS, REG, DISTILL = 0.5, 0.8, 5e-4, 0.5
 
 
+def more(epochs: int, optimizer: Optimizer = SGD) -> dc.Training:
+    """What follows the first training."""
+    return replace(RESIDUAL, epochs=epochs, lr=MORE_LR, optimizer=optimizer)
+
+
 class Networks:
     """One seed's networks: each is trained once, and taken from its folder later."""
 
     def __init__(self, asked: argparse.Namespace, seed: int) -> None:
         self.folder = BENCHMARK.runs / f"{asked.data}-{asked.depth}-{seed}"
         self.data, self.depth, self.seed = splits(asked.data), asked.depth, seed
-        self.options: dict[str, Any] = {"batch_size": BATCH, "seed": seed, "mixed_precision": AMP}
         self.example = self.data.train[0][0][None]
 
-    def train(
-        self, model: nn.Module, name: str, epochs: int, lr: float, optimizer: Any = SGD, distill: float = 0.0
-    ) -> nn.Module:
+    def train(self, model: nn.Module, name: str, training: dc.Training, distill: float = 0.0) -> nn.Module:
         """`model`, trained."""
-        run = self.folder / name
         loss, teacher = (Distilled(cross_entropy, distill), self.first()) if distill else (cross_entropy, None)
-        fit(
-            model, loss, self.data.train, epochs=epochs, lr=lr, optimizer=optimizer, teacher=teacher, run_dir=run,
-            resume=run.exists(), **self.options,
-        )  # fmt: skip
+        fit(model, loss, self.data.train, training, run_in(self.folder / name, self.seed), teacher=teacher)
         return model.eval()
 
     def first(self) -> nn.Module:
-        torch.manual_seed(self.seed)
-        net = build(f"resnet{self.depth}-cifar", channels=self.example.shape[1])
-        return self.train(net, "first", FIRST, LR)
+        return self.train(residual(self.depth, self.data, self.seed), "first", RESIDUAL)
 
     def dense(self) -> nn.Module:
-        return self.train(self.first(), "dense", SPARSE + FINE, MORE_LR)
+        return self.train(self.first(), "dense", more(SPARSE + FINE))
 
     def channels(self, distill: float = 0.0) -> nn.Module:
         return self.learned("channels", CHANNELS, "axes", distill)
@@ -85,10 +81,10 @@ class Networks:
         return self.learned("layers", LAYERS, "layers")
 
     def learned(self, name: str, macs: float, kind: str, distill: float = 0.0) -> fx.GraphModule:
-        run = self.folder / f"{name}{'-distilled' if distill else ''}"
+        run = run_in(self.folder / f"{name}{'-distilled' if distill else ''}", self.seed)
         return dc.sparsify(
-            self.first(), self.data.train, macs=macs, kinds=(kind,), epochs=SPARSE, finetune=FINE, shrink_every=1,
-            lr=MORE_LR, optimizer=SGD, distill=distill, run_dir=run, resume=run.exists(), **self.options,
+            self.first(), self.data.train, macs=macs, kinds=(kind,), finetune=FINE, distill=distill,
+            lasso=dc.Lasso(shrink_every=1), training=more(SPARSE), run=run,
         )  # fmt: skip
 
     def group_norm(self, macs: int, distill: float = 0.0) -> nn.Module:
@@ -113,7 +109,7 @@ class Networks:
             return optimizer
 
         end = "-distilled" if distill else ""
-        self.train(model, f"group-norm-sparse{end}", SPARSE, MORE_LR, regularised, distill)
+        self.train(model, f"group-norm-sparse{end}", more(SPARSE, regularised), distill)
 
         def pruned(ratio: float) -> nn.Module:
             small = copy.deepcopy(model)
@@ -121,7 +117,7 @@ class Networks:
             return small
 
         small = largest_within(macs, self.example, pruned)
-        return self.train(small, f"group-norm{end}", FINE, MORE_LR, distill=distill)
+        return self.train(small, f"group-norm{end}", more(FINE), distill)
 
 
 def measure(nets: Networks, rows: dict[str, Any], save: Callable[[], None]) -> None:
@@ -174,7 +170,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1 if QUICK else 3)
     asked = BENCHMARK.start(parser)
     warnings.filterwarnings("ignore", module="torch_pruning")
-    setting = {"epochs": [FIRST, SPARSE, FINE], "lr": [LR, MORE_LR], "batch": BATCH, "reg": REG, "precision": AMP}
+    setting = {
+        "epochs": [RESIDUAL.epochs, SPARSE, FINE], "lr": [RESIDUAL.lr, MORE_LR], "batch": RESIDUAL.batch_size,
+        "reg": REG, "precision": AMP,
+    }  # fmt: skip
     name = f"{asked.data} resnet{asked.depth}"
 
     def save() -> None:
@@ -183,8 +182,7 @@ def main() -> None:
         nets = {**BENCHMARK.read().get("networks", {}), name: found}
         BENCHMARK.write({"networks": nets}, f"--data {asked.data} --depth {asked.depth}")
 
-    before = BENCHMARK.read().get("networks", {}).get(name, {})
-    check_setting(before, setting, BENCHMARK.results)
+    before = BENCHMARK.checked(BENCHMARK.read().get("networks", {}).get(name, {}), setting)
     seeds: dict[str, Any] = before.get("seeds", {})
     for seed in range(asked.seeds):
         measure(Networks(asked, seed), seeds.setdefault(str(seed), {}), save)

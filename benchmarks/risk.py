@@ -61,7 +61,7 @@ def converted(name: str) -> tuple[dc.DynamicModel, Splits]:
     """A trained dynamic model and its data."""
     data = splits("digits" if name in zoo.ZOO else name)
     model = zoo.load(name) if name in zoo.ZOO else trained_on(data)
-    return dc.convert(model, exits=3, data=data, epochs=2, device="cpu"), data
+    return dc.convert(model, data=data, training=dc.Training(epochs=2), run=dc.Run(device="cpu")), data
 
 
 def trained_on(data: Splits) -> nn.Module:
@@ -73,7 +73,8 @@ def trained_on(data: Splits) -> nn.Module:
         layers += [nn.Conv2d(inputs, width, 3, 1 + k % 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         inputs = width
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * inputs, 10))
-    fit(model, nn.functional.cross_entropy, data.train, epochs=2, lr=0.01, batch_size=128, device="cpu")
+    training = dc.Training(epochs=2, lr=0.01, batch_size=128)
+    fit(model, nn.functional.cross_entropy, data.train, training, dc.Run(device="cpu"))
     return model.eval()
 
 

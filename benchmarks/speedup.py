@@ -50,12 +50,18 @@ def cuts(name: str, gm: fx.GraphModule, batch: int) -> dict[str, fx.GraphModule]
     """The cut models by the way they were made."""
     multiple = 8 if name == "mobilenet_v2" else 16
     made = {
-        "even": dc.prune(gm, macs=0.5, scope="axis"),
-        f"even x{multiple}": dc.prune(gm, macs=0.5, scope="axis", round_to=multiple),
+        "even": dc.prune(gm, macs=0.5, cuts=dc.Cuts(scope="axis")),
+        f"even x{multiple}": dc.prune(gm, macs=0.5, cuts=dc.Cuts(scope="axis"), limits=dc.Limits(round_to=multiple)),
     }
     whole, low, high, share = count_macs(gm), 0.2, 0.9, 0.52
     for _ in range(_TRIES):
-        small = dc.prune(gm, latency=share, latency_batch=batch, depth=True, progress=True)
+        small = dc.prune(
+            gm,
+            latency=share,
+            cuts=dc.Cuts(latency_batch=batch),
+            limits=dc.Limits(depth=True),
+            run=dc.Run(progress=True),
+        )
         left = count_macs(small) / whole
         made["latency"] = small
         if abs(left - 0.5) <= _HALF:

@@ -30,7 +30,7 @@ def main() -> None:
     report, data = {}, splits("digits")
     train, test = take(data.train, TRAIN), take(data.test, TEST)
     for name in MODELS:
-        found = dc.compare(load(name), train, test, shares=SHARES, device="cpu", progress=True)
+        found = dc.compare(load(name), train, test, shares=SHARES, run=dc.Run(device="cpu", progress=True))
         report[name] = {**to_json(found.entries), "left_out": found.left_out}
         plot_methods(BENCHMARK.folder / f"structure-{name}.png", found.entries)
         for entry, values in found.entries.items():

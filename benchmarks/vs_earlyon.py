@@ -136,8 +136,8 @@ class Own:
     """Our exits on a copy of the network, trained."""
 
     def __init__(self, net: nn.Module, exits: Any, data: Splits, kept: Path) -> None:
-        options: dict[str, Any] = {"epochs": EPOCHS, "lr": LR, "batch_size": BATCH, "device": "cpu"}
-        self.model = kept_in(kept, lambda: dc.convert(net, exits=exits, data=data, **options))
+        training, run = dc.Training(epochs=EPOCHS, lr=LR, batch_size=BATCH), dc.Run(device="cpu")
+        self.model = kept_in(kept, lambda: dc.convert(net, exits=exits, data=data, training=training, run=run))
         tuning = collect_cached(self.model, data.calibration)
         self.search, self.final = tuning.grid(self.model.policy), float(tuning.right[-1].mean())
 

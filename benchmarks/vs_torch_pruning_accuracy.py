@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import mean
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 import dyncompress as dc
 from dyncompress.compress.importance.gradients import FISHER_SAMPLES
-from dyncompress.compress.importance.scores import IMPORTANCES
+from dyncompress.compress.options.choices import Importance, Scope
+from dyncompress.compress.pruning.reports import PruneReport
 from dyncompress.model_zoo.networks.resnet import ResNetCifar
 from dyncompress.passes.graph.cost import count_parameters
 
@@ -153,21 +154,24 @@ def accuracy(model: nn.Module, test: Data) -> float:
 # --- pruning -----------------------------------------------------------------------------------------------------
 
 Method = Callable[[nn.Module, Data], nn.Module]
+SCOPES: tuple[Scope, ...] = ("global", "axis")
 
 
 def methods() -> dict[str, Method]:
     """Every importance of both libraries, ranked globally and within axes, by name; random ones left out."""
     ours = {f"ours:{name}:{scope}": _ours(name, scope)
-            for name in IMPORTANCES if name != "random" for scope in ("global", "axis")}  # fmt: skip
+            for name in get_args(Importance) if name != "random" for scope in SCOPES}  # fmt: skip
     theirs = {f"torch_pruning:{name}:{scope}": _theirs(name, scope == "global")
               for name in THEIRS for scope in ("global", "local")}  # fmt: skip
     return ours | theirs
 
 
-def _ours(importance: str, scope: str) -> Method:
+def _ours(importance: Importance, scope: Scope) -> Method:
     def prune(model: nn.Module, train: Data) -> nn.Module:
-        seen = TensorDataset(*(t[: SETTING.scoring_images] for t in train))
-        return dc.prune(model, train[0][:1], macs=MACS, importance=importance, scope=scope, data=seen)
+        seen, gm = TensorDataset(*(t[: SETTING.scoring_images] for t in train)), dc.capture(model, train[0][:1])
+        small = dc.prune(gm, macs=MACS, importance=importance, cuts=dc.Cuts(scope=scope), data=seen)
+        kept = PruneReport.of(small).kept
+        return dc.shrink(gm, {name: list(axis.kept) for name, axis in kept.items()})  # its batch norms as they were
 
     return prune
 
