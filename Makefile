@@ -27,7 +27,7 @@ test: lint types
 	$(BIN)/python -m pytest -n 2
 
 benchmarks-quick: setup
-	$(BIN)/python -m pytest tests/cli/test_benchmarks.py -m '' -v -rs --durations=0
+	$(BIN)/python -m pytest tests/cli/test_benchmarks.py -m '' -vv -rs --durations=0
 
 .PHONY: wheel-test
 wheel-test: setup
