@@ -45,31 +45,20 @@ def demo(
 
 
 @command(Convert, "zoo:vgg-digits --exits 3 --data digits")
-def convert(
-    model: Model,
-    /,
-    *,
-    step: Convert,
-    source: ModelOptions = _SOURCE,
-    data: DataOptions = _DATA,
-    folder: FolderOptions = _FOLDER,
-    json: JsonFlag = False,
-) -> None:
-    _run("convert", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
-
-
 @command(Gate, "zoo:resnet-digits --macs 0.7 --data digits")
-def gate(
+@command(Retrain, "small.safetensors --early zoo:resnet-digits --data digits")
+def take(
     model: Model,
     /,
     *,
-    step: Gate,
+    step: Convert | Gate | Retrain,
     source: ModelOptions = _SOURCE,
     data: DataOptions = _DATA,
     folder: FolderOptions = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
-    _run("gate", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
+    """One step, of whichever kind the command is named after."""
+    _run(step.name, _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
 
 
 @command(Prune, "zoo:resnet-digits --macs 0.5 --data digits")
@@ -86,7 +75,16 @@ def prune(
     json: JsonFlag = False,
 ) -> None:
     if stream.stream or stream.drop:
-        return _stream(model, step, source, data, stream, folder, json)
+        from .runs import streaming
+
+        streaming.check_request(step, source, data, stream)
+        where = _folder("prune", model, folder)
+        with printing(json) as printer:
+            report = streaming.prune_streamed(
+                model, step, source, stream, where,
+                resume=folder.resume, overwrite=folder.overwrite, console=printer.console,
+            )  # fmt: skip
+            return printer.result(report)
     _run("prune", _recipe(model, (step,), source, data), folder, json, source.allow_pickle, verbose)
 
 
@@ -102,28 +100,7 @@ def sparsify(
     verbose: VerboseFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    _run(
-        "sparsify",
-        _recipe(model, (step,), source, data),
-        folder,
-        json,
-        source.allow_pickle,
-        verbose,
-    )
-
-
-@command(Retrain, "small.safetensors --early zoo:resnet-digits --data digits")
-def retrain(
-    model: Model,
-    /,
-    *,
-    step: Retrain,
-    source: ModelOptions = _SOURCE,
-    data: DataOptions = _DATA,
-    folder: FolderOptions = _FOLDER,
-    json: JsonFlag = False,
-) -> None:
-    _run("retrain", _recipe(model, (step,), source, data), folder, json, source.allow_pickle)
+    _run("sparsify", _recipe(model, (step,), source, data), folder, json, source.allow_pickle, verbose)
 
 
 @command(Compare, "zoo:vgg-digits --shares 0.5 0.25 --data digits")
@@ -137,22 +114,12 @@ def compare(
     folder: FolderOptions = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
-    from .loading.models import short_name
     from .runs.comparing import compare_methods
 
-    where = choose_folder("compare", short_name(model), folder.out, resume=folder.resume, overwrite=folder.overwrite)
+    recipe, where = _recipe(model, (), source, data), _folder("compare", model, folder)
+    given = {"resume": folder.resume, "allow_pickle": source.allow_pickle}
     with printing(json) as printer:
-        recipe = _recipe(model, (), source, data)
-        printer.result(
-            compare_methods(
-                recipe,
-                step,
-                where,
-                printer.console,
-                resume=folder.resume,
-                allow_pickle=source.allow_pickle,
-            )
-        )
+        printer.result(compare_methods(recipe, step, where, printer.console, **given))
 
 
 @app.command
@@ -253,6 +220,12 @@ def _recipe(model: str, steps: tuple[Step, ...], source: ModelOptions, data: Dat
     )
 
 
+def _folder(command: str, model: str, options: FolderOptions) -> Path:
+    from .loading.models import short_name
+
+    return choose_folder(command, short_name(model), options.out, resume=options.resume, overwrite=options.overwrite)
+
+
 def _run(
     command: str,
     recipe: Recipe,
@@ -261,13 +234,10 @@ def _run(
     allow_pickle: bool = False,
     verbose: bool = False,
 ) -> None:
-    from .loading.models import short_name
     from .runs import write_results
     from .runs.run_recipe import run_recipe
 
-    folder = choose_folder(
-        command, short_name(recipe.model), options.out, resume=options.resume, overwrite=options.overwrite
-    )
+    folder = _folder(command, recipe.model, options)
     with printing(as_json) as printer:
         report = run_recipe(
             recipe,
@@ -279,25 +249,3 @@ def _run(
         )
         write_results.show(report, printer.console, verbose=verbose)
         printer.result(report.to_json())
-
-
-def _stream(
-    model: str,
-    step: Prune,
-    source: ModelOptions,
-    data: DataOptions,
-    stream: StreamOptions,
-    options: FolderOptions,
-    as_json: bool,
-) -> None:
-    from .loading.models import short_name
-    from .runs import streaming
-
-    streaming.check_request(step, source, data, stream)
-    folder = choose_folder("prune", short_name(model), options.out, resume=options.resume, overwrite=options.overwrite)
-    with printing(as_json) as printer:
-        report = streaming.prune_streamed(
-            model, step, source, stream, folder,
-            resume=options.resume, overwrite=options.overwrite, console=printer.console,
-        )  # fmt: skip
-        printer.result(report)

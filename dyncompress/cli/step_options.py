@@ -15,7 +15,10 @@ _EVERYDAY = Group("Everyday options", sort_key=0)
 
 
 def command(kind: type[Options], example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a function as the command of a kind of step; it gets the step that the options make as `step`."""
+    """Registers a function as the command of a kind of step; it gets the step that the options make as `step`.
+
+    The function stays what it was, so that it can be the command of several kinds.
+    """
     flat = make_dataclass(
         kind.__name__, [_field(option) for option in options_of(kind).values()],
         frozen=True, kw_only=True, namespace={"__module__": __name__},
@@ -33,7 +36,7 @@ def command(kind: type[Options], example: str) -> Callable[[Callable[..., None]]
         called.__annotations__ = {**function.__annotations__, "step": parsed}
         epilogue = f"Example: dyncompress {kind.name} {example}"
         app.command(called, name=kind.name, help=kind.__doc__, help_epilogue=epilogue)
-        return called
+        return function
 
     return register
 
