@@ -1,9 +1,9 @@
 """Structured pruning beside its baselines: a run that compares them, its table, its picture and its models."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ from ...runtime.files import checkpoint
 from ...runtime.predict.dynamic import DynamicModel
 from ..loading.loaded_subject import Subject, load_splits, prepare
 from ..report import plots, tables
-from . import folders, write_results
+from . import folders
 from .run_recipe import explained
-
-_WIDTH = 120
+from .run_report import entries_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +55,7 @@ class CompareReport:
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "CompareReport":
         """Of a report.json."""
-        entries = {name: value for name, value in plain.items() if isinstance(value, dict) and "latency_ms" in value}
-        return from_json(cls, {**plain, "entries": entries})
+        return from_json(cls, {**plain, "entries": entries_in(plain)})
 
 
 def compare_methods(
@@ -119,11 +117,7 @@ def _write(recipe: Recipe, folder: Path, found: Comparison, subject: Subject) ->
         entries=entries,
     )
     plots.plot_methods(folder / "compare.png", entries)
-    with (folder / write_results.TABLE).open("w", encoding="utf-8") as file:
-        show(report, Console(file=file, width=_WIDTH))
-    text = json.dumps(report.to_json(), indent=2, allow_nan=False)
-    (folder / folders.REPORT).write_text(text + "\n", encoding="utf-8")
-    shutil.rmtree(folder / folders.STEPS, ignore_errors=True)
+    folders.finish(folder, report.to_json(), partial(show, report))
     return report
 
 

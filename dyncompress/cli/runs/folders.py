@@ -1,13 +1,19 @@
 """Run folders: a fresh one for every run, nothing overwritten unless asked, an interrupted run found again."""
 
+import json
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from ...errors import RequestError
 
 RECIPE = "recipe.yaml"
 REPORT = "report.json"
+TABLE, TABLE_WIDTH = "table.txt", 120
 STEPS = "steps"  # what finished steps made and what the running one needs to resume
 _RUNS = Path("runs")
 
@@ -72,6 +78,14 @@ def abandon(folder: Path) -> None:
     (folder / RECIPE).unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def finish(folder: Path, report: Mapping[str, Any], show: Callable[[Console], None]) -> None:
+    """Leaves table.txt, which `show` prints, and report.json in the folder, and nothing that only resuming needed."""
+    with (folder / TABLE).open("w", encoding="utf-8") as file:
+        show(Console(file=file, width=TABLE_WIDTH))
+    (folder / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / STEPS, ignore_errors=True)
 
 
 def _check_same(folder: Path, old: str, new: str) -> None:

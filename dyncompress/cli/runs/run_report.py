@@ -61,14 +61,13 @@ class RunReport:
         """Of a report.json."""
         leaving = {"leaving": plain} if "curve" in plain else {}
         report = from_json(cls, {**plain, **leaving, "entries": {}})
-        report.entries.update(read_entries(plain))
+        report.entries.update({name: _entry(value) for name, value in entries_in(plain).items()})
         return report
 
 
-def read_entries(plain: Mapping[str, Any]) -> dict[str, Entry]:
-    """The compared models of a report.json, by name."""
-    found = {name: value for name, value in plain.items() if isinstance(value, dict) and "latency_ms" in value}
-    return {name: _entry(value) for name, value in found.items()}
+def entries_in(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The compared models in a report.json, by name."""
+    return {name: value for name, value in plain.items() if isinstance(value, dict) and "latency_ms" in value}
 
 
 def _entry(plain: Mapping[str, Any]) -> Entry:

@@ -26,12 +26,11 @@ from ...runtime.files.shards import DTYPES, Source
 from ...runtime.sharded.shard_writer import write_json
 from ..loading.models import architecture, example_for
 from ..report import tables
-from .folders import REPORT, Interrupted
+from .folders import REPORT, TABLE, TABLE_WIDTH, Interrupted
 from .options import DataOptions, ModelOptions, StreamOptions
 
 _TARGETS = ("ratio", "macs", "params", "bytes")
 _TAKEN = (*_TARGETS, *(field.name for field in fields(Limits)), "scope", "exact")
-_TABLE_WIDTH, TABLE = 120, "table.txt"
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def prune_streamed(
     report = _report(gm, folder, step.cuts.exact)
     show(report, console)
     with (folder / TABLE).open("w", encoding="utf-8") as file:
-        show(report, Console(file=file, width=_TABLE_WIDTH))
+        show(report, Console(file=file, width=TABLE_WIDTH))
     plain = {**to_json(report), "onnx": None, "data": None, "device": "cpu"}
     write_json(folder / REPORT, plain)
     return plain

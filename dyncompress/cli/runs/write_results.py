@@ -1,9 +1,8 @@
 """What a run leaves behind: the model, report.json, table.txt and the pictures."""
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,6 @@ from .exporting import check_of, show_check
 from .run_report import GateSummary, LeavingSummary, RunReport
 
 Captured = fx.GraphModule | DynamicModel
-TABLE = "table.txt"
-_TABLE_WIDTH = 120
 
 
 def write(
@@ -68,11 +65,7 @@ def write(
     for stored in (folder / folders.STEPS).glob(f"*/{impressions.FILE}"):
         made = impressions.read_impressions(stored)
         plots.plot_impressions(folder / "impressions.png", made.inputs.numpy(), made.classes.numpy())
-    with (folder / TABLE).open("w", encoding="utf-8") as file:
-        show(report, Console(file=file, width=_TABLE_WIDTH), verbose=True)
-    text = json.dumps(report.to_json(), indent=2, allow_nan=False)
-    (folder / folders.REPORT).write_text(text + "\n", encoding="utf-8")
-    shutil.rmtree(folder / folders.STEPS, ignore_errors=True)
+    folders.finish(folder, report.to_json(), partial(show, report, verbose=True))
     return report
 
 

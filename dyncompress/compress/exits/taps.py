@@ -42,6 +42,7 @@ class Tapped(nn.Module):
         self.tapped = with_outputs(gm, followed)
 
     def features(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """All logits, and the channel means (B, width) of what each exit follows."""
         logits, maps = self.tapped(*args, **kwargs)
         return logits, [channel_means(x, dim) for x, dim in zip(maps, self.dims, strict=True)]
 

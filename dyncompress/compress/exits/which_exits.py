@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
+from torch import Tensor
 
 from ...errors import RequestError
 from ...passes.exits.keep_exits import KeepExits
@@ -16,7 +17,7 @@ from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.predict.policy import ExitPolicy
 from ..thresholds.calibrate import calibrate_exits
 from ..thresholds.call_costs import time_costs
-from ..thresholds.candidates import collect_cached
+from ..thresholds.candidates import Cached, collect_cached
 from ..thresholds.goal import Goal
 from ..thresholds.thresholds import OperatingPoint, ThresholdSearch
 from ..training.batches import LabelledData
@@ -28,11 +29,7 @@ Value = tuple[float, float]  # to be as small as possible: what is asked for, as
 
 
 def search_exits(
-    dynamic: DynamicModel,
-    calibration: LabelledData,
-    goal: Goal,
-    *,
-    device: torch.device | str | None = None,
+    dynamic: DynamicModel, calibration: LabelledData, goal: Goal, *, device: torch.device | str | None = None
 ) -> tuple[DynamicModel, ExitSearchReport]:
     """The model with the exits that are worth having, and the report.
 
@@ -49,41 +46,46 @@ def search_exits(
     if goal.least == "latency":
         policy = ExitPolicy("max-softmax", (1.0,) * len(temperatures))
         cached = cached.timed(time_costs(dynamic, calibration, policy, batch=goal.leaving.latency_batch, device=device))
-    *spent, total = accumulate(cached.stage_costs)
+    *_, total = accumulate(cached.stage_costs)
     full = float(cached.right[-1].mean())
 
     def value(kept: Sequence[int]) -> Value:
         if not kept:
             return (1.0, 1.0) if budget is None else (-full if budget >= 1 else 0.0, 1.0)
-        bounds = [0, *(spent[k] for k in kept), total]
-        search = ThresholdSearch(
-            [*(calibrated[k] for k in kept), calibrated[-1]],
-            cached.labels,
-            [b - a for a, b in pairwise(bounds)],
-            [cached.head_costs[k] for k in kept],
-            cost_unit=cached.cost_unit,
+        point = _point(
+            _search(cached, calibrated, kept), full - goal.max_loss, None if budget is None else budget * total
         )
-        point = _point(search, full - goal.max_loss, None if budget is None else budget * total)
         if point is None:
             return (0.0, 1.0)
         return (point.mean_cost / total if budget is None else -point.accuracy, point.mean_cost / total)
 
-    kept = choose_subset(len(spent), value, _GAIN_COST if budget is None else _GAIN_ACCURACY)
+    kept = choose_subset(len(temperatures), value, _GAIN_COST if budget is None else _GAIN_ACCURACY)
     if not kept:
         raise RequestError(
             "no exit is worth its head: every one saves less than it costs at the accuracy asked; allow a larger "
             "max_loss or train longer"
         )
-    at = dynamic.exits
-    reached, mean = value(kept)
-    report = ExitSearchReport(
+    report = _report(dynamic.exits, kept, goal, *value(kept))
+    return DynamicModel(KeepExits(tuple(kept))(dynamic.trunk).gm).eval(), report
+
+
+def _report(at: Sequence[str], kept: Sequence[int], goal: Goal, reached: float, mean: float) -> ExitSearchReport:
+    return ExitSearchReport(
         candidates=tuple(at),
         kept=tuple(at[k] for k in kept),
         mean_macs_share=mean if goal.least == "macs" else None,
         mean_latency_share=mean if goal.least == "latency" else None,
-        accuracy=None if budget is None else -reached,
+        accuracy=None if goal.budget is None else -reached,
     )
-    return DynamicModel(KeepExits(tuple(kept))(dynamic.trunk).gm).eval(), report
+
+
+def _search(cached: Cached, calibrated: Sequence[Tensor], kept: Sequence[int]) -> ThresholdSearch:
+    """Thresholds of these exits alone: between two of them, all stages are paid for at once."""
+    *spent, total = accumulate(cached.stage_costs)
+    bounds = [0, *(spent[k] for k in kept), total]
+    logits = [*(calibrated[k] for k in kept), calibrated[-1]]
+    stages, heads = [b - a for a, b in pairwise(bounds)], [cached.head_costs[k] for k in kept]
+    return ThresholdSearch(logits, cached.labels, stages, heads, cost_unit=cached.cost_unit)
 
 
 def _point(search: ThresholdSearch, accuracy: float, cost: float | None) -> OperatingPoint | None:

@@ -73,6 +73,7 @@ class GateLoss(ScheduledLoss):
         return task.mean()
 
     def per_sample(self, run: GateRun, labels: Tensor) -> Tensor:
+        """The task's loss of every sample, (N,), with its share of the teacher's answers."""
         (supervised,) = cross_entropies([run.logits], labels)
         if run.teacher is None:
             return supervised
@@ -103,6 +104,7 @@ class Budget(GateLoss):
         return self.start - (self.start - self.macs) * min(1.0, self.fraction / _ANNEALED)
 
     def price(self, used: Tensor) -> Tensor:
+        """What one more share of the MACs costs a batch that used these; nothing below the target."""
         return 2 * _PENALTY * (used.mean() - self.target).clamp_min(0).detach()
 
     def of_run(self, run: GateRun, task: Tensor, labels: Tensor) -> Tensor:

@@ -66,8 +66,7 @@ def prune(
         The options are those of `options.steps.Prune`, in shares of what the model has, in (0, 1].
 
     Raises:
-        RequestError: not exactly one target, a target out of reach, an unknown importance, scope or ignored name, data
-            missing or unfit, weights that are not finite.
+        RequestError: not exactly one target or one out of reach, unknown names, unfit data, weights not finite.
         DynCompressError: the training failed.
     """
     asked = Prune(
@@ -78,8 +77,7 @@ def prune(
     train = training_part(data)
     _check(asked, run.seed, train)
     gm = captured(model, example_inputs, data)
-    context = Context(train, seed=run.seed, progress=run.shows_progress)
-    job = _Job(gm, asked, metric, context)
+    job = _Job(gm, asked, metric, Context(train, seed=run.seed, progress=run.shows_progress))
     request = job.request | {metric: target, "seed": run.seed}
     store = Store(run.run_dir, _CUTS, request, resume=run.resume, holds=("cuts",))
     return _in_steps(job, gm, _schedule(target, cuts.steps), store, run)

@@ -81,13 +81,11 @@ def fit(
         loss_fn: (the model's output, labels (B,) int64) -> scalar; one that is a hook is the last of the hooks.
         dataset: map-style, of (inputs, int label); inputs a tensor, a tuple of arguments or a dict of keywords.
         training: epochs are needed; lr, batch_size and optimizer are by default those of `FIT`.
-        parameters: what to train: parameters or optimiser groups, which may set their own "lr"; None = all that
-            require gradients.
+        parameters: what to train, or optimiser groups with their own "lr"; None = all that require gradients.
         keep_eval: modules that stay in eval mode, such as a frozen trunk with its BatchNorm and dropout.
         hooks: what takes part in the training, in this order at every moment. Where one puts a smaller model in the
             place of `model`, that one is trained from there on, and is the hook's to hand on.
-        teacher: answers the same inputs, in evaluation mode and without gradients; `loss_fn` then gets the pair (the
-            model's output, the teacher's).
+        teacher: in evaluation mode, without gradients; `loss_fn` then gets the pair (the model's output, its output).
         run: the state is saved in `training.pt` in its run_dir.
 
     Raises:
@@ -97,13 +95,10 @@ def fit(
     """
     training, optimizer = _checked(training, run)
     accelerator = accelerator_of(training.mixed_precision)
-    samples = size_of(dataset, "training")
-    batch_size = max(1, min(training.batch_size, samples // accelerator.num_processes))
-    timetable = Timetable(samples, accelerator.num_processes, training.lr, (batch_size,) * training.epochs)
+    timetable = _timetable(size_of(dataset, "training"), accelerator.num_processes, training)
     every = [*hooks, loss_fn] if isinstance(loss_fn, Hook) else list(hooks)
     groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
-    settings = _settings(timetable, run.seed, every)
-    store = Store(run.run_dir, CHECKPOINT, settings, resume=run.resume, holds=_HELD)
+    store = Store(run.run_dir, CHECKPOINT, _settings(timetable, run.seed, every), resume=run.resume, holds=_HELD)
     where = torch.device(run.device or accelerator.device)
     work = _Run(model, loss_fn, dataset, timetable, run.seed, accelerator, where, every, teacher)
     still = [*keep_eval, teacher] if teacher is not None else list(keep_eval)
@@ -125,6 +120,12 @@ def _checked(training: Training, run: Run) -> tuple[Training, Optimizer]:
     if isinstance(make, str) and make not in OPTIMIZERS:
         raise RequestError(f"optimizer={make!r}: use one of {', '.join(OPTIMIZERS)}, or give what makes one")
     return training, OPTIMIZERS[make] if isinstance(make, str) else make
+
+
+def _timetable(samples: int, processes: int, training: Training) -> Timetable:
+    """Of batches of batch_size, or of a process's share of the samples where that is less."""
+    batch_size = max(1, min(training.batch_size, samples // processes))
+    return Timetable(samples, processes, training.lr, (batch_size,) * training.epochs)
 
 
 def _settings(timetable: Timetable, seed: int, hooks: Iterable[Hook]) -> dict[str, object]:

@@ -25,6 +25,7 @@ class Analysis:
 
     @property
     def gm(self) -> fx.GraphModule:
+        """The graph itself."""
         return self.types.gm
 
     @cached_property

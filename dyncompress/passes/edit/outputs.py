@@ -47,6 +47,7 @@ def find_logits(gm: fx.GraphModule) -> fx.Node:
 
 
 def is_logits(node: fx.Node) -> bool:
+    """Whether it may hold logits: (batch, classes) or (batch, time, classes) of floats, two classes or more."""
     val = node.meta["val"]
     return val.dim() in (2, 3) and val.is_floating_point() and val.shape[-1] > 1
 

@@ -32,6 +32,7 @@ def exit_places(known: Analysis, logits: fx.Node) -> list[Place]:
 
 
 def after_every_block(places: list[Place], total: int) -> list[Place]:
+    """Every place where one tensor is live, but for the last MACs. Raises RequestError where there is none."""
     chosen = [p for p in _usable(places, total) if p.point.single]
     if not chosen:
         raise RequestError(f'exits="{EVERY}": the model has no place where only one tensor is live; give node names')
@@ -43,6 +44,7 @@ def _usable(places: list[Place], total: int) -> list[Place]:
 
 
 def at_equal_shares(places: list[Place], count: int, total: int) -> list[Place]:
+    """As many places, near equal shares of the MACs. Raises RequestError where there is no room for them."""
     usable = _usable(places, total)
     if not usable:
         raise RequestError(
@@ -85,6 +87,7 @@ def _rank(place: Place) -> tuple[bool, bool]:
 
 
 def by_name(places: list[Place], names: tuple[str, ...]) -> list[Place]:
+    """The places that follow these nodes, in graph order. Raises RequestError for any other node."""
     by_name = {p.point.node.name: p for p in places}
     unknown = [n for n in names if n not in by_name]
     if unknown:

@@ -95,6 +95,7 @@ def info_of(gm: fx.GraphModule) -> Mapping[str, Any]:
 
 
 def set_inputs(gm: fx.GraphModule, inputs: Iterable[Input]) -> None:
+    """The flat inputs are these, in the order of the placeholders: the graph counts as captured."""
     gm.meta[_INPUTS] = tuple(inputs)
 
 

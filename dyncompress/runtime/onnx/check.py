@@ -30,6 +30,7 @@ class Tolerance:
     atol: float
 
     def allows(self, got: Tensor, wanted: Tensor) -> bool:
+        """Whether all elements are close enough."""
         return torch.allclose(got.double(), wanted.double(), self.rtol, self.atol)
 
     def __str__(self) -> str:

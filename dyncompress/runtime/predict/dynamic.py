@@ -107,6 +107,7 @@ class DynamicModel(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        """The size of the last dim of the logits."""
         return self._answer.shape[-1]
 
     @property

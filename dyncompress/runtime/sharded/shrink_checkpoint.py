@@ -70,8 +70,7 @@ def shrink_checkpoint(
 
     Raises:
         RequestError: as `shrink`; the source does not fit the model; `out` is taken; exact mode would have to fold.
-        DynCompressError: the disk is full, or a file cannot be read or written. With resume, the same call
-            goes on from there.
+        DynCompressError: the disk is full, or a file cannot be read or written; with resume, the call goes on there.
     """
     stored, folder = Source(Path(source)), Path(out)
     check_output(stored, folder, resume=resume, overwrite=overwrite)
@@ -80,14 +79,7 @@ def shrink_checkpoint(
     work = _plan(gm, keep, stored, exact, drop)
     shards = pack(work.planned.values(), max_shard_bytes)
     journal = _open(folder, _request(work, shards), shards, resume, overwrite)
-    sizes = _sizes(shards)
-    with tqdm(
-        total=sum(sizes.values()), initial=sum(sizes[name] for name in journal.done), desc="writing shards",
-        unit="B", unit_scale=True, file=sys.stderr, disable=None if progress is None else not progress,
-    ) as bar:  # fmt: skip
-        for name, tensors in zip(sizes, shards, strict=True):
-            if name not in journal.done:
-                journal.finished(name, write_shard(folder / name, tensors, work.pieces, bar.update))
+    _write(folder, work, shards, journal, progress)
     finish(journal, work.document, work.constants, shards)
     return folder
 
@@ -181,6 +173,20 @@ def _open(folder: Path, request: str, shards: Sequence[Sequence[Planned]], resum
             "another folder"
         )
     return open_journal(folder, request, resume=resume, overwrite=overwrite)
+
+
+def _write(
+    folder: Path, work: _Work, shards: Sequence[Sequence[Planned]], journal: Journal, progress: bool | None
+) -> None:
+    """The shards that the journal does not name yet."""
+    sizes = _sizes(shards)
+    with tqdm(
+        total=sum(sizes.values()), initial=sum(sizes[name] for name in journal.done), desc="writing shards",
+        unit="B", unit_scale=True, file=sys.stderr, disable=None if progress is None else not progress,
+    ) as bar:  # fmt: skip
+        for name, tensors in zip(sizes, shards, strict=True):
+            if name not in journal.done:
+                journal.finished(name, write_shard(folder / name, tensors, work.pieces, bar.update))
 
 
 def _sizes(shards: Sequence[Sequence[Planned]]) -> dict[str, int]:
