@@ -84,7 +84,8 @@ def prune(
                 model, step, source, stream, where,
                 resume=folder.resume, overwrite=folder.overwrite, console=printer.console,
             )  # fmt: skip
-            return printer.result(report)
+            printer.result(report)
+        return
     _run("prune", _recipe(model, (step,), source, data), folder, json, source.allow_pickle, verbose)
 
 

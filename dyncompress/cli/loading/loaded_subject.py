@@ -13,6 +13,7 @@ from ...compress.training.losses import logits_of
 from ...errors import RequestError
 from ...model_zoo.load_data import Splits, load_data
 from ...passes.capture.capture import capture
+from ...passes.graph.inputs import Inputs
 from ...runtime.predict.dynamic import DynamicModel
 from .models import load_model
 
@@ -28,7 +29,7 @@ class Subject:
 
     module: nn.Module
     graph: fx.GraphModule
-    example_inputs: Any
+    example_inputs: Inputs
     data: Splits | None
     device: torch.device
     trained: bool

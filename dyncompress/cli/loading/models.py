@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from ...errors import RequestError
 from ...model_zoo import zoo
 from ...passes.graph.call_structure import nested_inputs
+from ...passes.graph.inputs import Inputs
 from ...passes.graph.meta import FixedInput, Input, inputs_of
 from ...runtime.files import checkpoint
 from ...runtime.files.model_folder import is_model_folder
@@ -45,7 +46,7 @@ class LoadedModel:
     """
 
     module: nn.Module
-    example_inputs: Any
+    example_inputs: Inputs
     name: str
     trained: bool
 

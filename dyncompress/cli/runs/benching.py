@@ -11,6 +11,7 @@ from ...compress.evaluation.reports import to_json
 from ...compress.recipes.recipe import Recipe
 from ...compress.training.batches import call
 from ...errors import RequestError
+from ...passes.graph.inputs import Inputs
 from ...runtime.predict.dynamic import DynamicModel, graph_of
 from ..loading.loaded_subject import Subject, load_splits, prepare
 from ..report import gate_payoff, tables
@@ -52,7 +53,7 @@ def bench_models(recipes: Sequence[Recipe], console: Console, *, allow_pickle: b
     return {"data": recipes[0].data, "device": device, "models": list(shown.values())}
 
 
-def _check_takes(spec: str, subject: Subject, example_inputs: Any) -> None:
+def _check_takes(spec: str, subject: Subject, example_inputs: Inputs) -> None:
     try:
         with torch.no_grad():
             call(subject.module, example_inputs)

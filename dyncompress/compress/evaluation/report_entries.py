@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset
 
 from ...passes.graph.cost import count_bytes, count_macs, count_parameters
+from ...passes.graph.inputs import Inputs
 from ...runtime.predict.dynamic import DynamicModel
 from ..training.batches import LabelledData, placed
 from .evaluate import Evaluation, ExitUse, evaluate
@@ -63,7 +64,7 @@ Entry = StaticEntry | DynamicEntry
 def measure(
     models: Mapping[str, nn.Module],
     graphs: Mapping[str, fx.GraphModule],
-    example_inputs: Any,
+    example_inputs: Inputs,
     test: LabelledData | None,
     device: torch.device,
     batches: Mapping[int, int] = LATENCY_BATCHES,
@@ -98,7 +99,7 @@ def _entry(model: nn.Module, graph: fx.GraphModule, found: Evaluation | None, ti
 
 def _latencies(
     models: Mapping[str, nn.Module],
-    example_inputs: Any,
+    example_inputs: Inputs,
     test: LabelledData | None,
     device: torch.device,
     batches: Mapping[int, int],
@@ -128,7 +129,7 @@ def _at_least(data: LabelledData, count: int) -> LabelledData:
     return data if len(data) >= count else ConcatDataset([data] * -(-count // len(data)))
 
 
-def _resized(example_inputs: Any, batch: int, device: torch.device) -> Any:
+def _resized(example_inputs: Inputs, batch: int, device: torch.device) -> Any:
     """The example with its samples repeated to the batch size."""
     tensors = [leaf for leaf in pytree.tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim()]
     own = tensors[0].shape[0]

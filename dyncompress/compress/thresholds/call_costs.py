@@ -9,13 +9,12 @@ larger batch shrinks as samples leave, and its small rest takes longer per sampl
 from dataclasses import dataclass
 from statistics import fmean, median
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...passes.edit.sample_rows import take_rows
-from ...passes.graph.inputs import split_inputs
+from ...passes.graph.inputs import Inputs, split_inputs
 from ...runtime.predict.dynamic import DynamicModel
 from ...runtime.predict.pieces import Pieces
 from ...runtime.predict.policy import ExitPolicy
@@ -59,7 +58,7 @@ def time_costs(
     return CallTimes(tuple(parts[::2]), tuple(parts[1::2]), static)
 
 
-def _walk(pieces: Pieces, inputs: Any, policy: ExitPolicy, device: torch.device) -> list[float]:
+def _walk(pieces: Pieces, inputs: Inputs, policy: ExitPolicy, device: torch.device) -> list[float]:
     """Milliseconds per sample: static model, first stage, first head, second stage, ..., last stage."""
     args, kwargs = split_inputs(inputs)
     values, n = pieces.calls.read(args, kwargs)

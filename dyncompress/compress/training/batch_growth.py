@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ...passes.graph.inputs import split_inputs
+from ...passes.graph.inputs import Inputs, split_inputs
 from .batches import LabelledData, device_of_model, examples_of, to_device
 from .hooks import Hook, TrainingRun
 from .surgery import Surgery
@@ -69,7 +69,7 @@ def bytes_per_sample(model: nn.Module, data: LabelledData, autocast: AbstractCon
     return (kept[many] - kept[few]) // (many - few)
 
 
-def _kept(model: nn.Module, inputs: Any) -> int:
+def _kept(model: nn.Module, inputs: Inputs) -> int:
     """Bytes of the different storages that autograd keeps, parameters among them, and of the output."""
     storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given away twice
 

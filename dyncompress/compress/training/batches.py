@@ -109,7 +109,7 @@ def to_device(tree: Any, device: torch.device) -> Any:
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def call(function: Callable[..., Any], inputs: Any) -> Any:
+def call(function: Callable[..., Any], inputs: Inputs) -> Any:
     """Calls with a tensor, a tuple of positional inputs or a dict of keywords."""
     args, kwargs = split_inputs(inputs)
     return function(*args, **kwargs)
