@@ -71,7 +71,7 @@ def choose_by_latency(
     found, failed = list[LatencyChoice](), None
     for tried, within, eager in _ways(axes, limits, scope):
         try:
-            ranking = Ranking(axes, scores, within, saved_by(axes, macs), scope=tried, eager=eager, **options)
+            ranking = Ranking(axes, scores, within, saved_by(macs), scope=tried, eager=eager, **options)
             found.append(_closest(ranking, target, latency, exact))
         except RequestError as error:
             failed = failed or error

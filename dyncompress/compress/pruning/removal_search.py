@@ -41,11 +41,11 @@ def choose(
         RequestError: the target cannot be met within the limits, an unknown scope or ignored name.
     """
     left = share_left(axes, metric, candidates(axes, limits))
-    ranking = Ranking(axes, scores, limits, saved_by(axes, left), scope=scope, comparable=comparable, whole=whole)
+    ranking = Ranking(axes, scores, limits, saved_by(left), scope=scope, comparable=comparable, whole=whole)
     return ranking.keep(search(ranking, left, metric, target))
 
 
-def saved_by(axes: Axes, left: Left) -> Callable[[Axis], float]:
+def saved_by(left: Left) -> Callable[[Axis], float]:
     """What removing one branch alone saves, as a share of the whole."""
     nothing = torch.zeros(0, dtype=torch.int64)
     return lambda branch: left({}) - left({branch.atom: nothing})

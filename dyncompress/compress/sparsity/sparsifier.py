@@ -269,7 +269,7 @@ class Sparsifier(Hook):
         norms = self.lasso.norms().cpu()
         scores = {name: norms[at] for name, at in self.lasso.groups.of_axis.items()} | self._changes()
         scope = default_scope(self.asked.limits.depth)
-        cost = saved_by(self._axes, self._measured)
+        cost = saved_by(self._measured)
         ranking = Ranking(self._axes, scores, self.asked.limits, cost, scope=scope, whole=self._sizes)
         goes = search(ranking, self._measured, self.asked.metric, target / self._share)
         return doomed(self._axes, self.lasso, ranking.keep(goes))

@@ -125,7 +125,7 @@ def _insert(
         if kind == COPY:
             early.append(copy_tail(gm, path, flow, last_place_like(place, places), logits, at))
         elif kind == CASCADE:
-            at = before = _cascade(gm, path, place, before, k)
+            at = before = _cascade(gm, path, place, before)
             ensemble = Ensemble(k + 1, logits.meta["val"].shape[-1])
             early.append(insert_head(gm, f"{path}.ensemble", ensemble, (at,), at))
         else:
@@ -134,7 +134,7 @@ def _insert(
     finish_exits(gm, followed, [*early, logits])
 
 
-def _cascade(gm: fx.GraphModule, path: str, place: Place, before: fx.Node | None, k: int) -> fx.Node:
+def _cascade(gm: fx.GraphModule, path: str, place: Place, before: fx.Node | None) -> fx.Node:
     """The exit's own answer, behind those of the exits before it."""
     at = place.point.node
     z = insert_head(gm, f"{path}.head", make_head(CASCADE, place), (at,), at)

@@ -23,11 +23,11 @@ def use_own_exits(gm: fx.GraphModule) -> None:
             f'exits="{OWN}" needs a model that returns several logits of one shape, early first; this one returns '
             f"{len(flat)} outputs, {len(logits)} of them logits"
         )
-    followed = [_read_by_head(gm, logits, k).name for k in range(len(logits) - 1)]
+    followed = [_read_by_head(logits, k).name for k in range(len(logits) - 1)]
     finish_exits(gm, followed, logits)
 
 
-def _read_by_head(gm: fx.GraphModule, logits: list[fx.Node], k: int) -> fx.Node:
+def _read_by_head(logits: list[fx.Node], k: int) -> fx.Node:
     """The one node that what only `logits[k]` needs starts from."""
     own = upstream([logits[k]]) - upstream(logits[:k] + logits[k + 1 :])
     read = {n.name: n for node in own for n in node.all_input_nodes if n not in own}

@@ -15,7 +15,7 @@ from ...passes.graph.copying import deep_copy
 from ...passes.graph.inputs import Inputs
 from ...passes.graph.meta import inputs_of, is_captured
 from ...passes.graph.random_inputs import call_flat, given_inputs, random_inputs
-from ..predict.dynamic import DynamicModel
+from ..predict.dynamic import DynamicModel, graph_of
 from .check import BATCHES, Tolerance, check_file
 from .compose import compose, compose_static
 from .segments import trace_segments, trace_static
@@ -84,7 +84,7 @@ def export_onnx(
     if tunable:
         _check_tunable(model)
     copied = _cpu_copy(model)
-    gm = copied.trunk if isinstance(copied, DynamicModel) else copied
+    gm = graph_of(copied)
 
     def batch(n: int) -> list[Any]:
         if inputs is not None:
@@ -145,7 +145,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _to_onnx(model: DynamicModel | fx.GraphModule, flat: list[Any], opset: int, tunable: bool) -> ir.Model:
-    gm = model.trunk if isinstance(model, DynamicModel) else model
+    gm = graph_of(model)
     placeholders = gm.graph.find_nodes(op="placeholder")
     names = [str(p.target) for p, x in zip(placeholders, flat, strict=True) if isinstance(x, Tensor)]
     if not isinstance(model, DynamicModel):
