@@ -22,14 +22,14 @@ from ..report import tables
 @dataclass(frozen=True)
 class OnnxCheck:
     """An ONNX file: its inputs and outputs, size, the largest error by batch size, and how many of the samples that
-    were checked left at each exit, None for a static model."""
+    were checked left at each exit, none for a static model."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     opset: int
     bytes: int
     max_error: dict[str, float]
-    exits: tuple[int, ...] | None
+    exits: tuple[int, ...]
 
 
 def export_model(
@@ -71,8 +71,8 @@ def _samples(data: Splits) -> Any:
 def check_of(report: OnnxReport) -> OnnxCheck:
     """What the export says."""
     errors = {str(batch): error for batch, error in report.max_error.items()}
-    exits = None if report.exits is None else tuple(report.exits)
-    return OnnxCheck(tuple(report.inputs), tuple(report.outputs), report.opset, report.bytes, errors, exits)
+    inputs, outputs, exits = tuple(report.inputs), tuple(report.outputs), tuple(report.exits)
+    return OnnxCheck(inputs, outputs, report.opset, report.bytes, errors, exits)
 
 
 def show_check(check: OnnxCheck, console: Console) -> None:

@@ -9,6 +9,7 @@ Steps 3 and 4 see the calibration set only.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,7 @@ from ..thresholds.goal import Goal
 from ..thresholds.risk import check_samples
 from ..training.batches import HasSplits, LabelledData, divided, examples_for, size_of
 from ..training.machine import training_device
+from ..training.trainer import Epoch
 from .convert_report import ConvertReport, PerPositionReport
 from .recipes import check_recipe, train_exits
 from .which_exits import search_exits
@@ -76,8 +78,8 @@ def convert(
         head, recipe: see `head_choice` and `exits.recipes`.
         max_loss: on unseen samples (see `held_out_loss`), against the static model or, where training the trunk made it
             better, against the final exit.
-        freeze_trunk: True is three times as fast. Else the trained layers learn too, at the peak rate lr * trunk_lr,
-            and the final exit may lose accuracy.
+        freeze_trunk: False: the trained layers learn too, at the peak rate lr * trunk_lr, which takes longer, and the
+            final exit may lose accuracy.
         leaving: see `choose_policy`. samples: see `few_samples`.
         The other options are those of `options.steps.Convert`.
 
@@ -97,7 +99,7 @@ def convert(
     if example_inputs is None:
         example_inputs = examples_for(model, None if splits is None else splits[0])
     captured = capture(model.trunk if isinstance(model, DynamicModel) else model, example_inputs)
-    device = torch.device(run.device) if run.device is not None else training_device()
+    device = training_device(run.device)
     run, training = replace(run, device=device), asked.training
     if splits is None:
         warnings.warn(COST, stacklevel=2)
@@ -113,11 +115,19 @@ def convert(
         quality = measure_exits(dynamic, calibration, device=device)
         PerPositionReport(history=tuple(history), exits=quality).keep_in(dynamic)
         return dynamic
+    return _with_thresholds(dynamic, calibration, exits == SEARCH, goal, static_logits, history, run)
+
+
+def _with_thresholds(
+    dynamic: DynamicModel, calibration: LabelledData, search: bool, goal: Goal, static_logits: Tensor | None,
+    history: Sequence[Epoch], run: Run,
+) -> DynamicModel:  # fmt: skip
+    """The trained model with the exits that pay, where a search is asked for, and with thresholds for the goal."""
     found = None
-    if exits == SEARCH:
-        dynamic, found = search_exits(dynamic, calibration, goal, device=device)
+    if search:
+        dynamic, found = search_exits(dynamic, calibration, goal, device=training_device(run.device))
     chosen = choose_policy(
-        dynamic, calibration, max_loss=max_loss, macs=macs, latency=latency, leaving=leaving,
+        dynamic, calibration, max_loss=goal.max_loss, macs=goal.macs, latency=goal.latency, leaving=goal.leaving,
         static_logits=static_logits, run=run,
     )  # fmt: skip
     ConvertReport(**vars(chosen), history=tuple(history), exit_search=found).keep_in(dynamic)

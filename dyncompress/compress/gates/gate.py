@@ -86,7 +86,7 @@ def gate(
     costs = _costs(dynamic, whole)
     if macs is not None and macs <= costs.fixed:
         raise RequestError(f"macs={macs:g}: what cannot be skipped costs {costs.fixed:.3f} of the model; give more")
-    device = torch.device(run.device) if run.device is not None else training_device()
+    device = training_device(run.device)
     teacher = deep_copy(static).eval() if distill else None
     goal, phases = GateTarget(costs, macs, rate, distill), phases_of(kind, asked.training.epochs, pretrain)
 
@@ -95,10 +95,8 @@ def gate(
 
     history = in_phases([partial(trained, *phase) for phase in phases], run)
     dynamic = DynamicModel(FoldBatchNorm(GATES_PATH.rstrip("."))(gm.eval()).gm).eval()  # a call less for every gate
-    moved = 0.0 if macs is None else meet_budget(dynamic, calibration, macs * whole, device)
-    dynamic, settled = _settled(dynamic, calibration, settle, device)
-    if macs is not None and (settled.always or settled.never):
-        moved += meet_budget(dynamic, calibration, macs * whole, device)
+    budget = None if macs is None else macs * whole
+    dynamic, settled, moved = _settled_on_budget(dynamic, calibration, settle, budget, device)
     use = measure_gates(dynamic, static, calibration, device)
     names = tuple(name for name, _ in phases)
     report = GateReport(**vars(use), moved=moved, settled=settled, kind=kind, phases=names, history=tuple(history))
@@ -126,6 +124,17 @@ def _check(asked: Gate) -> None:
         raise RequestError(f'pretrain goes with kind="{SKIPNET}" only')
     if training.epochs < len(phases_of(kind, 2, asked.pretrain)):
         raise RequestError(f'epochs={training.epochs}: kind="{kind}" trains in two phases; give at least 2')
+
+
+def _settled_on_budget(
+    dynamic: DynamicModel, calibration: LabelledData, settle: float, budget: float | None, device: torch.device
+) -> tuple[DynamicModel, SettledGates, float]:
+    """Settled, within a budget of mean MACs before and after it; and how far logits were moved for that."""
+    moved = 0.0 if budget is None else meet_budget(dynamic, calibration, budget, device)
+    dynamic, settled = _settled(dynamic, calibration, settle, device)
+    if budget is not None and (settled.always or settled.never):
+        moved += meet_budget(dynamic, calibration, budget, device)
+    return dynamic, settled, moved
 
 
 def _settled(

@@ -24,9 +24,9 @@ class Shell(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def training_device() -> torch.device:
-    """The device that accelerate chooses on this machine, or for this process."""
-    return PartialState().device
+def training_device(asked: torch.device | str | None = None) -> torch.device:
+    """The device that is asked for, or the one that accelerate chooses on this machine, or for this process."""
+    return PartialState().device if asked is None else torch.device(asked)
 
 
 def accelerator_of(mixed_precision: str | None) -> Accelerator:

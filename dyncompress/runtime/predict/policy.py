@@ -270,10 +270,3 @@ def within_budget(table: Sequence[OperatingPolicy], macs: float) -> ExitPolicy:
     if not allowed:
         raise RequestError(f"a budget of {macs:.0f} MACs is below the least, {min(r.mean_macs for r in table):.0f}")
     return max(allowed, key=lambda row: (row.accuracy, -row.mean_macs)).policy
-
-
-def expected_macs(exit_macs: Sequence[int], shares: Sequence[float]) -> float:
-    """Mean MACs per sample when `shares[k]` of the samples leave at exit `k` (the last entry: at the end)."""
-    if len(exit_macs) != len(shares):
-        raise RequestError(f"{len(exit_macs)} exits (the end included) but {len(shares)} shares")
-    return sum(m * s for m, s in zip(exit_macs, shares, strict=True))
