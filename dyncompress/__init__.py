@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names for tools that read types; a test compares
     from .cli.runs.run_recipe import run_recipe as run_recipe
     from .cli.runs.run_report import RunReport as RunReport
+    from .compress.evaluation.evaluate import Evaluation as Evaluation
     from .compress.evaluation.evaluate import evaluate as evaluate
     from .compress.exits.convert import convert as convert
     from .compress.exits.convert_report import ConvertReport as ConvertReport
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # the same names for tools that read types; a test compares
     from .errors import DynCompressError as DynCompressError
     from .errors import RequestError as RequestError
     from .model_zoo.load_data import load_data as load_data
+    from .passes.axes.axes import Axes as Axes
     from .passes.axes.axes import Axis as Axis
     from .passes.axes.axes import infer_axes as infer_axes
     from .passes.capture.capture import capture as capture
@@ -50,6 +52,8 @@ if TYPE_CHECKING:  # the same names for tools that read types; a test compares
     from .passes.gates.insert_gates import InsertGates as InsertGates
     from .passes.gates.remove_gates import RemoveGates as RemoveGates
     from .passes.gates.settle_gates import SettleGates as SettleGates
+    from .passes.graph.graph_pass import GraphPass as GraphPass
+    from .passes.graph.graph_pass import PassResult as PassResult
     from .passes.pipeline import Pipeline as Pipeline
     from .passes.rewrites.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
     from .passes.rewrites.low_rank import LowRank as LowRank
@@ -64,6 +68,7 @@ if TYPE_CHECKING:  # the same names for tools that read types; a test compares
     from .runtime.files.checkpoint import load as load
     from .runtime.files.checkpoint import read_info as read_info
     from .runtime.files.checkpoint import save as save
+    from .runtime.onnx.export import OnnxReport as OnnxReport
     from .runtime.onnx.export import export_onnx as export_onnx
     from .runtime.predict.dynamic import DynamicModel as DynamicModel
     from .runtime.predict.dynamic import Prediction as Prediction
@@ -76,7 +81,7 @@ _NAMES = {
     "errors": "DynCompressError RequestError",
     "passes.capture.capture": "capture",
     "passes.capture.capture_empty": "capture_empty",
-    "passes.axes.axes": "Axis infer_axes",
+    "passes.axes.axes": "Axes Axis infer_axes",
     "passes.shrink.plan": "Plan plan",
     "passes.shrink.shrink": "Shrink mask shrink",
     "passes.shrink.verify": "Verification verify",
@@ -85,6 +90,7 @@ _NAMES = {
     "passes.gates.insert_gates": "InsertGates",
     "passes.gates.remove_gates": "RemoveGates",
     "passes.gates.settle_gates": "SettleGates",
+    "passes.graph.graph_pass": "GraphPass PassResult",
     "passes.pipeline": "Pipeline",
     "passes.rewrites.unstack_recurrent": "UnstackRecurrent",
     "passes.rewrites.fold_batch_norm": "FoldBatchNorm",
@@ -103,7 +109,7 @@ _NAMES = {
     "compress.exits.convert": "convert",
     "compress.gates.gate": "gate",
     "compress.thresholds.risk": "control_risk",
-    "compress.evaluation.evaluate": "evaluate",
+    "compress.evaluation.evaluate": "Evaluation evaluate",
     "compress.training.recalibrate": "recalibrate_batchnorm",
     "compress.recipes.recipe": "Recipe read_recipe",
     "cli.runs.run_recipe": "run_recipe",
@@ -111,7 +117,7 @@ _NAMES = {
     "runtime.predict.policy": "ExitPolicy",
     "runtime.files.checkpoint": "load read_info save",
     "runtime.sharded.shrink_checkpoint": "shrink_checkpoint",
-    "runtime.onnx.export": "export_onnx",
+    "runtime.onnx.export": "OnnxReport export_onnx",
     "compress.exits.convert_report": "ConvertReport PerPositionReport",
     "compress.gates.gate_report": "GateReport",
     "compress.pruning.reports": "PruneReport PruneWeightsReport",

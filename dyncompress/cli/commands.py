@@ -12,7 +12,18 @@ from ..compress.recipes.recipe import Recipe, read_recipe
 from ..errors import RequestError
 from .app import app, printing
 from .runs.folders import choose_folder
-from .runs.options import DataOptions, Flag, FolderOptions, JsonFlag, ModelOptions, StreamOptions, VerboseFlag
+from .runs.options import (
+    DATA,
+    MODEL,
+    DataOptions,
+    Flag,
+    FolderOptions,
+    JsonFlag,
+    ModelOptions,
+    OutputFlag,
+    StreamOptions,
+    VerboseFlag,
+)
 from .step_options import command
 
 app.version = __version__
@@ -25,11 +36,11 @@ _SOURCE, _DATA, _FOLDER = ModelOptions(), DataOptions(), FolderOptions()
 _STREAM = StreamOptions()
 
 
-@app.command
+@app.command(help_epilogue="Example: dyncompress demo")
 def demo(
     *,
-    seed: int = 0,
-    device: str | None = None,
+    seed: Annotated[int, Parameter(group=DATA)] = 0,
+    device: Annotated[str | None, Parameter(group=DATA)] = None,
     folder: FolderOptions = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
@@ -123,13 +134,13 @@ def compare(
         printer.result(compare_methods(recipe, step, where, printer.console, **given))
 
 
-@app.command
+@app.command(help_epilogue="Example: dyncompress run recipe.yaml --set convert.epochs=2")
 def run(
     recipe: Path,
     /,
     *,
-    set: tuple[str, ...] = (),
-    allow_pickle: Flag = False,
+    set: Annotated[tuple[str, ...], Parameter(group=MODEL)] = (),
+    allow_pickle: Annotated[Flag, Parameter(group=MODEL)] = False,
     folder: FolderOptions = _FOLDER,
     json: JsonFlag = False,
 ) -> None:
@@ -143,13 +154,13 @@ def run(
     _run("run", read_recipe(recipe, set), folder, json, allow_pickle)
 
 
-@app.command
+@app.command(help_epilogue="Example: dyncompress inspect zoo:vgg-digits")
 def inspect(
     model: Model,
     /,
     *,
     source: ModelOptions = _SOURCE,
-    data: str | None = None,
+    data: Annotated[str | None, Parameter(group=DATA)] = None,
     json: JsonFlag = False,
 ) -> None:
     """Shows a model's axes and why some are frozen, its blocks and cut points, its costs.
@@ -164,7 +175,7 @@ def inspect(
         printer.result(inspect_model(recipe, printer.console, allow_pickle=source.allow_pickle))
 
 
-@app.command
+@app.command(help_epilogue="Example: dyncompress bench zoo:vgg-digits zoo:resnet-digits --data digits")
 def bench(
     *models: Model,
     source: ModelOptions = _SOURCE,
@@ -181,16 +192,16 @@ def bench(
         printer.result(bench_models(recipes, printer.console, allow_pickle=source.allow_pickle))
 
 
-@app.command
+@app.command(help_epilogue="Example: dyncompress export zoo:vgg-digits vgg.onnx")
 def export(
     model: Model,
     onnx: Path,
     /,
     *,
     source: ModelOptions = _SOURCE,
-    data: str | None = None,
-    tunable: Flag = False,
-    overwrite: Flag = False,
+    data: Annotated[str | None, Parameter(group=DATA)] = None,
+    tunable: OutputFlag = False,
+    overwrite: OutputFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Writes a model as one ONNX file and checks it in onnxruntime against PyTorch.

@@ -64,7 +64,8 @@ class FolderOptions:
     """Replace the run in --out."""
 
 
-VerboseFlag = Annotated[Flag, Parameter(group=OUTPUT, help="Show every layer of a large model.")]
+OutputFlag = Annotated[Flag, Parameter(group=OUTPUT)]
+VerboseFlag = Annotated[OutputFlag, Parameter(help="Show every layer of a large model.")]
 JsonFlag = Annotated[
     Flag,
     Parameter(name="--json", group=OUTPUT, help="Print one JSON object on standard output and nothing else there."),

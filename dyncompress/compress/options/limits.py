@@ -28,7 +28,7 @@ class Limits:
     """Whole residual branches may go as well."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ignore", tuple(self.ignore))
+        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
         if not 0 <= self.floor <= 1:
             raise RequestError(f"floor is a share of each axis, between 0 and 1; got {self.floor}")
         if not self.floor <= self.ceiling <= 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import RequestError
 from .choices import OptimizerName, Precision
 
 if TYPE_CHECKING:
@@ -17,7 +18,11 @@ _OF_THE_VERB: Any = None  # until a verb puts its default in the place
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How weights are trained; what is not given is the verb's own default."""
+    """How weights are trained; what is not given is the verb's own default.
+
+    Raises:
+        RequestError: epochs, a batch size or a learning rate that is not positive.
+    """
 
     epochs: int = _OF_THE_VERB
     """Passes over the training data."""
@@ -31,6 +36,12 @@ class Training:
     """AdamW, or SGD with momentum 0.9."""
     mixed_precision: Precision | None = None
     """Precision of training; by default what accelerate is configured to."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "lr"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RequestError(f"{name} is {value}: give a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -67,11 +66,12 @@ def choose_by_latency(
         RequestError: the target is out of reach.
     """
     macs = share_left(axes, "macs", [])
-    options: dict[str, Any] = {"comparable": comparable, "whole": whole}
     found, failed = list[LatencyChoice](), None
     for tried, within, eager in _ways(axes, limits, scope):
         try:
-            ranking = Ranking(axes, scores, within, saved_by(macs), scope=tried, eager=eager, **options)
+            ranking = Ranking(
+                axes, scores, within, saved_by(macs), scope=tried, eager=eager, comparable=comparable, whole=whole
+            )  # fmt: skip
             found.append(_closest(ranking, target, latency, exact))
         except RequestError as error:
             failed = failed or error

@@ -1,9 +1,7 @@
 """What each step of a recipe does to a model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from torch import fx, nn
 
@@ -78,19 +76,18 @@ def take(
     load: captures a MODEL that an option names, on that device.
     """
     graph = graph_of(model)
-    options: dict[str, Any] = {field.name: getattr(step, field.name) for field in fields(step)}
     if isinstance(step, Prune):
-        return prune(graph, data=data, run=run, **options)
+        return prune(graph, data=data, run=run, **vars(step))
     if isinstance(step, LowRank):
-        return low_rank(graph, data=data, run=run, **options)
+        return low_rank(graph, data=data, run=run, **vars(step))
     if isinstance(step, Unstructured):
-        return prune_weights(graph, data=data, run=run, **options)
+        return prune_weights(graph, data=data, run=run, **vars(step))
     if isinstance(step, Convert):
-        return convert(graph, example_inputs, data=data, run=run, **options)
+        return convert(graph, example_inputs, data=data, run=run, **vars(step))
     assert data is not None  # `check_request`
     if isinstance(step, Gate):
-        return gate(graph, example_inputs, data=data, run=run, **options)
+        return gate(graph, example_inputs, data=data, run=run, **vars(step))
     if isinstance(step, Sparsify):
-        return sparsify(graph, data, run=run, **options)
+        return sparsify(graph, data, run=run, **vars(step))
     early = None if step.early is None else load(step.early)
     return retrain(graph, data, early=early, training=step.training, run=run)

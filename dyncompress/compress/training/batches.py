@@ -13,6 +13,7 @@ from ...errors import RequestError
 from ...passes.capture.capture import capture
 from ...passes.graph.inputs import Inputs, split_inputs
 from ...passes.graph.meta import is_captured
+from ...runtime.predict.dynamic import DynamicModel
 
 LabelledData = Dataset[Any]  # map-style; item i is (inputs, int label)
 
@@ -47,8 +48,10 @@ def captured(model: nn.Module, example_inputs: Inputs | None, data: HasSplits | 
     """A captured model as it is; another one captured with one call's inputs, which None takes from the data.
 
     Raises:
-        RequestError: there are neither, or as `capture`.
+        RequestError: there are neither, the model is dynamic already, or as `capture`.
     """
+    if isinstance(model, DynamicModel):
+        raise RequestError("this takes a static model, but gets one that is dynamic already: exits and gates come last")
     if is_captured(model):
         return model
     if example_inputs is None:

@@ -110,10 +110,8 @@ def fit(
 def _checked(training: Training, run: Run) -> tuple[Training, Optimizer]:
     """With all defaults, and what makes the optimiser. Raises RequestError for what cannot be."""
     training = completed(training, FIT)
-    for name in ("epochs", "batch_size", "lr"):
-        value = getattr(training, name)
-        if value is None or not value > 0:
-            raise RequestError(f"{name} is {value}: give a positive number")
+    if training.epochs is None:
+        raise RequestError("epochs is None: give a positive number")
     if run.seed < 0:
         raise RequestError(f"seed is {run.seed}: give a number that is not negative")
     make = training.optimizer

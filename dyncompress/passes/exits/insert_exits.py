@@ -13,7 +13,7 @@ from ..edit.flow import Flow
 from ..edit.graft import insert_head
 from ..edit.outputs import OWN, find_logits
 from ..graph.cost import node_macs
-from ..graph.graph_pass import CAPTURED, HAS_EXITS, NO_EXITS, Condition, GraphPass, PassResult, no_module
+from ..graph.graph_pass import HAS_EXITS, NO_EXITS, Condition, GraphPass, PassResult, no_module
 from ..modules.multi_layer_heads import Cascade, Ensemble
 from ..rewrites.unstack_recurrent import UnstackRecurrent
 from .exit_places import EVERY, after_every_block, at_equal_shares, by_name, exit_places
@@ -62,7 +62,7 @@ class InsertExits(GraphPass[InsertedExits]):
     """
 
     name: ClassVar[str] = "insert-exits"
-    requires: ClassVar[tuple[Condition, ...]] = (CAPTURED, no_module("exits"), NO_EXITS)
+    requires: ClassVar[tuple[Condition, ...]] = (no_module("exits"), NO_EXITS)
     ensures: ClassVar[tuple[Condition, ...]] = (HAS_EXITS,)
     exits: int | str | tuple[str, ...] = 3
     head: str = "auto"

@@ -22,7 +22,7 @@ from ..edit.graft import inline, insert_head
 from ..edit.outputs import find_logits
 from ..graph.call_structure import plain_output
 from ..graph.cost import count_macs
-from ..graph.graph_pass import CAPTURED, HAS_GATES, NO_GATES, Condition, GraphPass, PassResult, no_module
+from ..graph.graph_pass import HAS_GATES, NO_GATES, Condition, GraphPass, PassResult, no_module
 from ..graph.meta import GateNames, exits_of, set_gates
 from ..graph.module_tree import sharing
 from ..modules.gate_modules import ConvGate, Embedding, PolicyNetwork, PooledGate, RecurrentGate
@@ -57,7 +57,7 @@ class InsertGates(GraphPass[InsertedGates]):
     """
 
     name: ClassVar[str] = "insert-gates"
-    requires: ClassVar[tuple[Condition, ...]] = (CAPTURED, no_module("gates"), NO_GATES)
+    requires: ClassVar[tuple[Condition, ...]] = (no_module("gates"), NO_GATES)
     ensures: ClassVar[tuple[Condition, ...]] = (HAS_GATES,)
     gate: str = POOLED
     branches: tuple[str, ...] | None = None

@@ -1,6 +1,6 @@
 """What every pass is: a frozen dataclass whose fields are its options, from a graph to a `PassResult`.
 
-A pass names the conditions that it requires of a graph and those that it ensures; both are checked here.
+A pass names the conditions that it requires of a captured graph and those that it ensures; both are checked here.
 """
 
 from abc import ABC, abstractmethod
@@ -70,7 +70,7 @@ class GraphPass(ABC, Generic[R]):
             RequestError: the graph is not what the pass requires.
             DynCompressError: what it made is not what it ensures.
         """
-        for condition in self.requires:
+        for condition in (CAPTURED, *self.requires):
             if not condition.holds(gm):
                 raise RequestError(condition.otherwise)
         result = self.rewrite(deep_copy(gm))

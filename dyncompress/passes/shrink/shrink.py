@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..axes.axes import Axes, as_keep, infer_axes
 from ..axes.branches import remove_branches
 from ..dims.dims import Atom, new_size
-from ..graph.graph_pass import CAPTURED, Condition, GraphPass, PassResult
+from ..graph.graph_pass import GraphPass, PassResult
 from .exact_counts import keep_counts
 from .fold_constants import fold_constants
 from .plan import masked_copy, plan_axes, sliced_copy
@@ -49,7 +49,6 @@ class Shrink(GraphPass[ShrunkAxes]):
     """`shrink` as a pass; `keep` holds the kept indices of each named axis."""
 
     name: ClassVar[str] = "shrink"
-    requires: ClassVar[tuple[Condition, ...]] = (CAPTURED,)
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     exact: bool = False
 
