@@ -40,9 +40,9 @@ def choose_folder(command: str, model_name: str, out: Path | None, *, resume: bo
 def check_free(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises RequestError for a folder that cannot take a run."""
     if folder.exists() and not folder.is_dir():
-        raise RequestError(f"--out {folder} is a file: give a folder")
+        raise RequestError(f"{folder} is a file: give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (resume or overwrite):
-        raise RequestError(f"--out {folder} is not empty: give another folder, --resume to go on there, or --overwrite")
+        raise RequestError(f"{folder} is not empty: give another folder, resume the run there, or overwrite it")
 
 
 def _numbered(stem: str, resume: bool) -> Path:
