@@ -44,7 +44,7 @@ class DataOptions:
     """What a model is trained and judged on, and where."""
 
     data: str | None = None
-    """Labels and data: digits, npz:FILE, imagefolder:DIR, text:DIR, cifar10:DIR, hf:NAME_OR_DIR, package.module:factory."""
+    """Labelled: digits, npz:FILE, imagefolder:DIR, text:DIR, cifar10:DIR, hf:NAME_OR_DIR or package.module:factory."""
     seed: int = 0
     """Seed of every random number."""
     device: str | None = None
