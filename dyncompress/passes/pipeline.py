@@ -72,6 +72,8 @@ class Pipeline:
         Raises:
             RequestError: no YAML list of passes, an unknown pass or option, a value of another type or out of range.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"expected the text of a pipeline, got {text!r}")
         try:
             tree = yaml.safe_load(text)
         except yaml.YAMLError as error:

@@ -38,5 +38,16 @@ def test_a_training_that_cannot_be_is_refused_at_once(wrong: dict[str, Any]) -> 
         dc.Training(**wrong)
 
 
+@pytest.mark.parametrize("wrong", [{"limits": dc.Cuts()}, {"training": {"epochs": 2}}, {"cuts": None}])
+def test_another_group_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(dc.RequestError, match=r"prune: \w+ is a dc\.\w+, not "):
+        dc.prune(graph("resnet"), macs=0.5, **wrong)
+
+
+def test_a_pipeline_is_read_from_text() -> None:
+    with pytest.raises(dc.RequestError, match="expected the text of a pipeline, got 5"):
+        dc.Pipeline.parse(5)  # type: ignore[arg-type]
+
+
 def test_one_name_to_ignore_is_one_name() -> None:
     assert dc.Limits(ignore="fc").ignore == ("fc",)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ class Options:
     """What steps have in common: an option that a group leaves None is the step's own default.
 
     Raises:
-        RequestError: an option that means nothing to this step.
+        RequestError: an option that means nothing to this step, or another group in the place of one.
     """
 
     name: ClassVar[str]
@@ -37,8 +37,11 @@ class Options:
     def __post_init__(self) -> None:
         for each in fields(self):
             if is_dataclass(each.default):
-                refuse(self.name, getattr(self, each.name), each.metadata.get(UNUSED, ()))
-                object.__setattr__(self, each.name, completed(getattr(self, each.name), each.default))
+                given, kind = getattr(self, each.name), type(each.default).__name__
+                if type(given).__name__ != kind:
+                    raise RequestError(f"{self.name}: {each.name} is a dc.{kind}, not {given!r}")
+                refuse(self.name, given, each.metadata.get(UNUSED, ()))
+                object.__setattr__(self, each.name, completed(given, each.default))
 
 
 def completed(given: G, defaults: G) -> G:
