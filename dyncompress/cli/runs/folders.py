@@ -42,7 +42,7 @@ def check_free(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file: give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (resume or overwrite):
-        raise RequestError(f"{folder} is not empty: give another folder, resume the run there, or overwrite it")
+        raise RequestError(f"{folder} is not empty: give another folder, resume there (--resume), or --overwrite it")
 
 
 def _numbered(stem: str, resume: bool) -> Path:
