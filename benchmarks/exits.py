@@ -83,8 +83,9 @@ def built(name: str, data: Splits) -> nn.Module:
 def trained_first(name: str, source: str, seed: int, data: Splits, out: Path) -> nn.Module:
     """The static network of a seed."""
     torch.manual_seed(seed)
-    text = dc.Training(epochs=TEXTS.get(source, 0), lr=TEXT_LR, batch_size=TEXT_BATCH, mixed_precision=AMP)
-    training = text if source in TEXTS else RESIDUAL
+    training = RESIDUAL
+    if source in TEXTS:
+        training = dc.Training(epochs=TEXTS[source], lr=TEXT_LR, batch_size=TEXT_BATCH, mixed_precision=AMP)
     return trained(built(name, data), data.train, training, run_in(out / "first", seed))
 
 
