@@ -1,6 +1,7 @@
 """Run folders: a fresh one for every run, nothing overwritten unless asked, an interrupted run found again."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -84,7 +85,9 @@ def finish(folder: Path, report: Mapping[str, Any], show: Callable[[Console], No
     """Leaves table.txt, which `show` prints, and report.json in the folder, and nothing that only resuming needed."""
     with (folder / TABLE).open("w", encoding="utf-8") as file:
         show(Console(file=file, width=TABLE_WIDTH))
-    (folder / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished = folder / f"{REPORT}.part"  # a run with a report is done, so that it is there whole or not at all
+    unfinished.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / REPORT)
     shutil.rmtree(folder / STEPS, ignore_errors=True)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,9 @@ from ...passes.capture.capture_empty import build_empty, capture_on_meta
 from ...passes.graph.cost import count_bytes, count_macs, count_parameters
 from ...passes.shrink.shrink import shrink
 from ...runtime.files.shards import DTYPES, Source
-from ...runtime.sharded.shard_writer import write_json
 from ..loading.models import architecture, example_for
 from ..report import tables
-from .folders import REPORT, TABLE, TABLE_WIDTH, Interrupted
+from .folders import Interrupted, finish
 from .options import DataOptions, ModelOptions, StreamOptions
 
 _TARGETS = ("ratio", "macs", "params", "bytes")
@@ -96,10 +96,8 @@ def prune_streamed(
         raise Interrupted(folder) from None
     report = _report(gm, folder, step.cuts.exact)
     show(report, console)
-    with (folder / TABLE).open("w", encoding="utf-8") as file:
-        show(report, Console(file=file, width=TABLE_WIDTH))
     plain = {**to_json(report), "onnx": None, "data": None, "device": "cpu"}
-    write_json(folder / REPORT, plain)
+    finish(folder, plain, partial(show, report))
     return plain
 
 
